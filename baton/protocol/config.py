@@ -1,0 +1,119 @@
+"""The one YAML as structs. ``cluster.load`` turns a file into a ``ClusterConfig``.
+
+The planner, the simulator and ``baton serve`` read the same tree. Everything is frozen;
+derived values come from pure functions, never from editing one of these.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Meta(gt=0.0)]
+Name = Annotated[str, Meta(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Role = Literal["prefill", "decode", "mixed"]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class ModelConfig(_Section):
+    path: str
+    """Folder of a Hugging Face checkpoint, or the name of a bundled one (baton-tiny)."""
+    dtype: Dtype = "bfloat16"
+    max_model_len: PositiveInt | None = None
+    """Prompt plus output tokens; the checkpoint's own limit where absent."""
+    served_name: str | None = None
+    """The name clients say; the last part of ``path`` where absent."""
+
+
+class Replicas(_Section):
+    min: PositiveInt
+    max: PositiveInt
+
+
+class Placement(_Section):
+    device: Literal["cpu", "cuda"] = "cpu"
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    cpus: PositiveFloat = 0.5
+    """Ray CPUs that one worker reserves. Compute threads are ``engine.num_threads``."""
+    resources: dict[str, PositiveFloat] = msgspec.field(default_factory=dict)
+    """Further Ray resources that one worker reserves, to pin a pool to nodes."""
+
+
+class EngineConfig(_Section):
+    block_size: Annotated[int, Meta(ge=8, le=256)] = 16
+    """Tokens per KV block."""
+    num_blocks: PositiveInt = 512
+    """KV blocks of one worker; num_blocks x block_size tokens fit."""
+    max_num_seqs: PositiveInt = 64
+    max_num_batched_tokens: PositiveInt = 512
+    """Token budget of one step: prompts are cut into chunks that fit it."""
+    num_threads: PositiveInt = 1
+    """Compute threads of one worker. More threads than cores collapse beside each other."""
+    growth_tokens: PositiveInt = 64
+    """Decode room reserved beyond the prompt when a hand-over is granted."""
+    watermark: Fraction = 0.02
+    """Share of blocks that admission leaves free, so that running requests can grow."""
+
+
+class PoolConfig(_Section):
+    name: Name
+    role: Role
+    replicas: PositiveInt | Replicas = 1
+    tensor_parallel: Literal[1] = 1
+    """Tensor parallelism inside a worker comes with a later release: 1 only."""
+    placement: Placement = Placement()
+    engine: EngineConfig = EngineConfig()
+
+    @property
+    def num_replicas(self) -> int:
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.min
+
+
+class KvTransferConfig(_Section):
+    transport: Literal["auto", "zeromq"] = "auto"
+    codec: Literal["auto", "raw"] = "auto"
+    quality_floor: Literal["exact", "lossless"] = "lossless"
+    max_frame_bytes: Annotated[int, Meta(ge=4_096, le=64 * 2**20)] = 1 * 2**20
+    lease_s: PositiveFloat = 10.0
+    """A decode reservation dies when its prefill side was silent for so long."""
+    max_resends: Annotated[int, Meta(ge=0, le=16)] = 2
+
+
+class SloConfig(_Section):
+    ttft_ms: PositiveFloat = 1_000.0
+    tpot_ms: PositiveFloat = 100.0
+
+
+class RouterConfig(_Section):
+    host: str = "127.0.0.1"
+    grpc_port: Port = 50_051
+    """0 takes a free port; ``baton status`` and the start-up message name it."""
+    http_port: Port = 8_000
+    slo: SloConfig = SloConfig()
+    placement: Literal["least_loaded", "round_robin"] = "least_loaded"
+    max_queued_requests: PositiveInt = 1_024
+    """Requests in the cluster beyond which new ones are shed (429)."""
+    default_timeout_s: PositiveFloat = 600.0
+    max_timeout_s: PositiveFloat = 3_600.0
+    max_attempts: Annotated[int, Meta(ge=1, le=10)] = 3
+    worker_lease_s: PositiveFloat = 5.0
+    """A worker that has not reported for so long counts as lost."""
+    drain_timeout_s: PositiveFloat = 30.0
+
+
+class ClusterConfig(_Section):
+    version: Literal[1]
+    model: ModelConfig
+    pools: Annotated[tuple[PoolConfig, ...], Meta(min_length=1, max_length=64)]
+    kv_transfer: KvTransferConfig = KvTransferConfig()
+    router: RouterConfig = RouterConfig()
