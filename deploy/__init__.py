@@ -1,0 +1,1 @@
+"""Data only: bundled models, example configs and Ray deploy files. No logic."""
