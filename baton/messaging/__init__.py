@@ -1,0 +1,1 @@
+"""ZeroMQ and MessagePack between processes: framing, caps, the hello, links and servers."""

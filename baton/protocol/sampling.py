@@ -37,21 +37,39 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def validate(self) -> None:
         """Raise InvalidRequest that names the field, its value and what is allowed."""
-        _check("max_tokens", self.max_tokens, 1 <= self.max_tokens <= MAX_TOKENS_CAP,
-               f"1 to {MAX_TOKENS_CAP}")
-        _check("temperature", self.temperature,
-               math.isfinite(self.temperature) and 0 <= self.temperature <= 100,
-               "a number from 0 (greedy) to 100")
-        _check("top_p", self.top_p, math.isfinite(self.top_p) and 0 < self.top_p <= 1,
-               "above 0, at most 1")
+        _check(
+            "max_tokens",
+            self.max_tokens,
+            1 <= self.max_tokens <= MAX_TOKENS_CAP,
+            f"1 to {MAX_TOKENS_CAP}",
+        )
+        _check(
+            "temperature",
+            self.temperature,
+            math.isfinite(self.temperature) and 0 <= self.temperature <= 100,
+            "a number from 0 (greedy) to 100",
+        )
+        _check(
+            "top_p",
+            self.top_p,
+            math.isfinite(self.top_p) and 0 < self.top_p <= 1,
+            "above 0, at most 1",
+        )
         _check("top_k", self.top_k, 0 <= self.top_k <= MAX_TOKENS_CAP, "0 (off) or more")
         _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}")
-        _check("logprobs", self.num_logprobs, -1 <= self.num_logprobs <= MAX_TOP_LOGPROBS,
-               f"0 to {MAX_TOP_LOGPROBS}")
-        _check("stop_token_ids", len(self.stop_token_ids),
-               len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
-               and all(t >= 0 for t in self.stop_token_ids),
-               f"at most {MAX_STOP_TOKEN_IDS} ids, none negative")
+        _check(
+            "logprobs",
+            self.num_logprobs,
+            -1 <= self.num_logprobs <= MAX_TOP_LOGPROBS,
+            f"0 to {MAX_TOP_LOGPROBS}",
+        )
+        _check(
+            "stop_token_ids",
+            len(self.stop_token_ids),
+            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
+            and all(t >= 0 for t in self.stop_token_ids),
+            f"at most {MAX_STOP_TOKEN_IDS} ids, none negative",
+        )
 
 
 def _check(param: str, value: object, ok: bool, allowed: str) -> None:

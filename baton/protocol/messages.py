@@ -1,0 +1,306 @@
+"""Every message between router, prefill workers and decode workers.
+
+Structs are positional on the wire (``[tag, field, field, ...]``) and only grow at the end,
+with a default. ``baton.messaging.codec`` packs and validates them.
+
+Wire versions:
+  1  first release
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from baton.protocol.sampling import SamplingParams, TokenLogprobs
+
+WIRE_VERSION = 1
+OLDEST_WIRE_VERSION = 1
+"""N and N-1 speak together (the lower is spoken); version 1 has no predecessor."""
+
+MAX_PROMPT_TOKENS = 1_048_576
+MAX_BATCH_ITEMS = 65_536
+
+Id = Annotated[str, Meta(min_length=1, max_length=192)]
+Text = Annotated[str, Meta(max_length=4_096)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+TokenIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_PROMPT_TOKENS)]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all; the class name is the tag."""
+
+
+class Hello(Message, frozen=True):
+    """First message on every link, from the side that connects. Its shape never changes."""
+
+    oldest_version: Count
+    newest_version: Count
+    sender_id: Id
+    incarnation: Id
+    role: Id
+
+
+class HelloReply(Message, frozen=True):
+    """``refusal`` is empty when the link is accepted; the rest then describes the worker."""
+
+    refusal: Text
+    version: Count
+    worker_id: Id
+    incarnation: Id
+    role: Id
+    layout_fingerprint: Text = ""
+    kv_address: Text = ""
+    capacity_tokens: Count = 0
+    """The longest request (prompt and output) that the KV pool can hold."""
+
+
+class WorkerRef(msgspec.Struct, frozen=True, array_like=True):
+    worker_id: Id
+    incarnation: Id
+    address: Text
+
+
+class RequestBody(msgspec.Struct, frozen=True, array_like=True):
+    """What any worker must know to run, or run again, a request.
+
+    output_ids: tokens that its client already has; generation goes on behind them.
+    deadline_in_s: time left when the message was sent; clocks are not shared.
+    """
+
+    request_id: Id
+    attempt: Count
+    router_id: Id
+    router_epoch: Count
+    prompt_ids: TokenIds
+    output_ids: TokenIds
+    sampling: SamplingParams
+    priority: int
+    deadline_in_s: Seconds
+
+
+class Dispatch(Message, frozen=True):
+    """Router to worker. ``decode`` is None where the receiver runs both phases."""
+
+    body: RequestBody
+    decode: WorkerRef | None
+
+
+class Abort(Message, frozen=True):
+    """Router to worker, idempotent: drop this attempt and all older ones."""
+
+    request_id: Id
+    attempt: Count
+
+
+class HopTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Durations that one worker measured, for the request's timeline."""
+
+    queued_s: Seconds = 0.0
+    prefill_s: Seconds = 0.0
+    num_chunks: Count = 0
+    reserve_wait_s: Seconds = 0.0
+    """Decode side: from being asked for room to granting it."""
+    transfer_s: Seconds = 0.0
+    """Decode side: grant to commit."""
+    transfer_bytes: Count = 0
+    transfer_frames: Count = 0
+    codec: Text = ""
+    transport: Text = ""
+    preemptions: Count = 0
+
+
+class TokenItem(msgspec.Struct, frozen=True, array_like=True):
+    """One or more new tokens of one request; ``seq`` is the completion position of the first.
+
+    finish_reason: "" while it runs, else "stop" or "length"; stop_token_id tells which id
+    ended it (-1: none, or EOS).
+    """
+
+    request_id: Id
+    attempt: Count
+    seq: Count
+    token_ids: TokenIds
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: Text = ""
+    stop_token_id: int = -1
+    hop: HopTimes | None = None
+
+
+class TokenBatch(Message, frozen=True):
+    """Worker to router: all of one step for that router, in one message."""
+
+    worker_id: Id
+    incarnation: Id
+    items: Annotated[tuple[TokenItem, ...], Meta(max_length=MAX_BATCH_ITEMS)]
+
+
+class TokenAckItem(msgspec.Struct, frozen=True, array_like=True):
+    request_id: Id
+    attempt: Count
+    next_seq: Count
+
+
+class TokenAck(Message, frozen=True):
+    """Router to worker: everything below ``next_seq`` has arrived."""
+
+    items: Annotated[tuple[TokenAckItem, ...], Meta(max_length=MAX_BATCH_ITEMS)]
+
+
+class RequestFailed(Message, frozen=True):
+    """Worker to router. ``suspect`` names the worker to avoid at the next attempt, or ""."""
+
+    request_id: Id
+    attempt: Count
+    code: Id
+    message: Text
+    retryable: bool
+    hop: Text
+    suspect: Text
+
+
+class RouterAlive(Message, frozen=True):
+    """Router to worker, once a second: requests of a silent router are aborted."""
+
+    router_epoch: Count
+
+
+class LoadReport(Message, frozen=True):
+    """Worker to router, a few times a second; its absence is how a loss is noticed."""
+
+    worker_id: Id
+    incarnation: Id
+    role: Id
+    num_running: Count
+    num_waiting: Count
+    num_waiting_tokens: Count
+    num_blocks: Count
+    num_free_blocks: Count
+    block_size: Count
+    num_transfers: Count
+    num_parked: Count
+    """Prompts whose prefill ended before the decode side had room, since start."""
+    num_preemptions: Count
+    num_backpressured: Count
+    """Steps at which a waiting prompt or reservation did not fit, since start."""
+    kv_bytes_sent: Count
+    kv_bytes_received: Count
+    kv_transport: Text
+    num_leases: Count
+    num_tasks: Count
+    step_count: Count
+    draining: bool
+    integrity_errors: tuple[Text, ...] = ()
+
+
+class Drain(Message, frozen=True):
+    """Router to worker: take nothing new."""
+
+
+class Reserve(Message, frozen=True):
+    """Prefill to decode, when the first chunk is scheduled: ask for room."""
+
+    transfer_id: Id
+    fingerprint: Text
+    body: RequestBody
+
+
+class Granted(Message, frozen=True):
+    """Decode to prefill: room for the KV is held. Frames must carry ``epoch``."""
+
+    transfer_id: Id
+    epoch: Count
+    lease_s: Seconds
+
+
+class Denied(Message, frozen=True):
+    """Decode to prefill: this hand-over will never be taken."""
+
+    transfer_id: Id
+    code: Id
+    message: Text
+    retryable: bool
+
+
+class KvFrame(Message, frozen=True):
+    """Header of one frame on the KV link; the payload is the next part of the message.
+
+    The payload is ``[num_layers, 2, num_tokens, kv_heads, head_dim]``, C-contiguous, coded
+    by ``codec``. ``checksum`` is CRC-32 of the payload as sent.
+    """
+
+    transfer_id: Id
+    epoch: Count
+    fingerprint: Text
+    index: Count
+    layer_start: Count
+    num_layers: Count
+    token_start: Count
+    num_tokens: Count
+    codec: Text
+    num_bytes: Count
+    checksum: Count
+
+
+class TransferEnd(Message, frozen=True):
+    """On the KV link behind the last frame of an epoch. ``token_ids``: drawn by prefill."""
+
+    transfer_id: Id
+    epoch: Count
+    num_frames: Count
+    num_tokens: Count
+    token_ids: TokenIds
+
+
+class TransferAck(Message, frozen=True):
+    """Decode to prefill: committed; the source blocks may go."""
+
+    transfer_id: Id
+    epoch: Count
+
+
+class TransferNack(Message, frozen=True):
+    """Decode to prefill: frames of ``dead_epoch`` are void, send all again under ``epoch``."""
+
+    transfer_id: Id
+    dead_epoch: Count
+    epoch: Count
+    reason: Text
+
+
+class TransferCancel(Message, frozen=True):
+    """Prefill to decode, idempotent: nothing (more) will come."""
+
+    transfer_id: Id
+
+
+class LeaseRenew(Message, frozen=True):
+    """Prefill to decode: these hand-overs are alive on my side."""
+
+    transfer_ids: Annotated[tuple[Id, ...], Meta(max_length=MAX_BATCH_ITEMS)]
+
+
+AnyMessage = (
+    Hello
+    | HelloReply
+    | Dispatch
+    | Abort
+    | TokenBatch
+    | TokenAck
+    | RequestFailed
+    | RouterAlive
+    | LoadReport
+    | Drain
+    | Reserve
+    | Granted
+    | Denied
+    | KvFrame
+    | TransferEnd
+    | TransferAck
+    | TransferNack
+    | TransferCancel
+    | LeaseRenew
+)
