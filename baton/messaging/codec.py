@@ -39,6 +39,7 @@ def decode(data: bytes | memoryview) -> AnyMessage:
     except RecursionError as exc:
         raise WireError("MessagePack nested too deep") from exc
     try:
-        return msgspec.convert(plain, AnyMessage)
+        message: AnyMessage = msgspec.convert(plain, AnyMessage)
     except (msgspec.ValidationError, RecursionError, OverflowError) as exc:
         raise WireError(f"not a message: {exc}") from exc
+    return message

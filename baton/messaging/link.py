@@ -13,6 +13,7 @@ import zmq.asyncio
 from baton.messaging import sockets
 from baton.messaging.codec import decode, encode
 from baton.messaging.server import NOT_GREETED, peer_key
+from baton.messaging.turns import Turns
 from baton.protocol.errors import WireError
 from baton.protocol.messages import (
     OLDEST_WIRE_VERSION,
@@ -57,12 +58,13 @@ class Link:
 
     async def run(self) -> None:
         """Connect, greet and receive until cancelled; closes the socket."""
+        turns = Turns()
         try:
             self._socket.connect(self.address)
             self._send(self._hello)
             while True:
-                parts = await self._socket.recv_multipart()
-                self._receive(parts)
+                self._receive(await self._socket.recv_multipart())
+                await turns.take()
         finally:
             self._socket.close()
 

@@ -17,6 +17,7 @@ import zmq.asyncio
 
 from baton.messaging import sockets
 from baton.messaging.codec import decode, encode
+from baton.messaging.turns import Turns
 from baton.protocol.errors import WireError
 from baton.protocol.messages import (
     OLDEST_WIRE_VERSION,
@@ -70,6 +71,7 @@ class MessageServer:
         self._describe = describe
         self._on_message = on_message
         self._peers: dict[str, Peer] = {}
+        self._newest: dict[str, str] = {}
         self.num_dropped = 0
 
     def bind(self, host: str) -> str:
@@ -77,10 +79,11 @@ class MessageServer:
 
     async def run(self) -> None:
         """Receive until cancelled; closes the socket."""
+        turns = Turns()
         try:
             while True:
-                parts = await self._socket.recv_multipart()
-                self._receive(parts)
+                self._receive(await self._socket.recv_multipart())
+                await turns.take()
         finally:
             self._socket.close()
 
@@ -90,6 +93,14 @@ class MessageServer:
             return False
         self._send(key.encode(), message)
         return True
+
+    def send_to(self, sender_id: str, message: Message) -> bool:
+        """To whichever incarnation of ``sender_id`` said hello last."""
+        key = self._newest.get(sender_id)
+        return key is not None and self.send(key, message)
+
+    def peers(self, role: str) -> list[Peer]:
+        return [peer for peer in self._peers.values() if peer.role == role]
 
     def _send(self, routing_id: bytes, message: Message) -> None:
         sent = self._socket.send_multipart([routing_id, encode(message)])
@@ -125,6 +136,10 @@ class MessageServer:
             )
             self._send(routing_id, _refuse(reason))
             return
+        older = self._newest.get(hello.sender_id)
+        if older is not None and older != key:
+            self.forget(older)
+        self._newest[hello.sender_id] = key
         self._peers[key] = Peer(hello.sender_id, hello.incarnation, hello.role, version)
         self._send(routing_id, self._describe(hello, version))
 
@@ -134,7 +149,9 @@ class MessageServer:
             log.warning("%s (%d dropped so far)", reason, self.num_dropped)
 
     def forget(self, key: str) -> None:
-        self._peers.pop(key, None)
+        peer = self._peers.pop(key, None)
+        if peer is not None and self._newest.get(peer.sender_id) == key:
+            del self._newest[peer.sender_id]
 
 
 def _only_body(parts: list[bytes]) -> bytes:

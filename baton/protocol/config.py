@@ -25,7 +25,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
-class ModelConfig(_Section):
+class ModelConfig(_Section, frozen=True):
     path: str
     """Folder of a Hugging Face checkpoint, or the name of a bundled one (baton-tiny)."""
     dtype: Dtype = "bfloat16"
@@ -35,12 +35,12 @@ class ModelConfig(_Section):
     """The name clients say; the last part of ``path`` where absent."""
 
 
-class Replicas(_Section):
+class Replicas(_Section, frozen=True):
     min: PositiveInt
     max: PositiveInt
 
 
-class Placement(_Section):
+class Placement(_Section, frozen=True):
     device: Literal["cpu", "cuda"] = "cpu"
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     cpus: PositiveFloat = 0.5
@@ -49,7 +49,7 @@ class Placement(_Section):
     """Further Ray resources that one worker reserves, to pin a pool to nodes."""
 
 
-class EngineConfig(_Section):
+class EngineConfig(_Section, frozen=True):
     block_size: Annotated[int, Meta(ge=8, le=256)] = 16
     """Tokens per KV block."""
     num_blocks: PositiveInt = 512
@@ -65,7 +65,7 @@ class EngineConfig(_Section):
     """Share of blocks that admission leaves free, so that running requests can grow."""
 
 
-class PoolConfig(_Section):
+class PoolConfig(_Section, frozen=True):
     name: Name
     role: Role
     replicas: PositiveInt | Replicas = 1
@@ -79,7 +79,7 @@ class PoolConfig(_Section):
         return self.replicas if isinstance(self.replicas, int) else self.replicas.min
 
 
-class KvTransferConfig(_Section):
+class KvTransferConfig(_Section, frozen=True):
     transport: Literal["auto", "zeromq"] = "auto"
     codec: Literal["auto", "raw"] = "auto"
     quality_floor: Literal["exact", "lossless"] = "lossless"
@@ -89,12 +89,12 @@ class KvTransferConfig(_Section):
     max_resends: Annotated[int, Meta(ge=0, le=16)] = 2
 
 
-class SloConfig(_Section):
+class SloConfig(_Section, frozen=True):
     ttft_ms: PositiveFloat = 1_000.0
     tpot_ms: PositiveFloat = 100.0
 
 
-class RouterConfig(_Section):
+class RouterConfig(_Section, frozen=True):
     host: str = "127.0.0.1"
     grpc_port: Port = 50_051
     """0 takes a free port; ``baton status`` and the start-up message name it."""
@@ -111,7 +111,7 @@ class RouterConfig(_Section):
     drain_timeout_s: PositiveFloat = 30.0
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(_Section, frozen=True):
     version: Literal[1]
     model: ModelConfig
     pools: Annotated[tuple[PoolConfig, ...], Meta(min_length=1, max_length=64)]

@@ -1,0 +1,81 @@
+"""What happens to a worker's decider, and what any decider may ask of its shell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.engine.plan import StepPlan, StepResult
+from baton.protocol.messages import AnyMessage, LoadReport, Message
+
+
+@dataclass(frozen=True, slots=True)
+class FromPeer:
+    """A message from a router or a worker that connected to this one."""
+
+    peer_key: str
+    sender_id: str
+    role: str
+    message: AnyMessage
+
+
+@dataclass(frozen=True, slots=True)
+class StepWanted:
+    """The engine is idle and something has happened since it last was."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    result: StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class StepRaised:
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passes; a few times a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ToRouter:
+    """Send to the router of that id, whichever incarnation said hello last."""
+
+    router_id: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class ShellFacts:
+    """What only the shell can count, for the load report."""
+
+    kv_bytes_sent: int
+    kv_bytes_received: int
+    kv_transport: str
+    num_tasks: int
+
+
+class Decider(Protocol):
+    """A worker's brain. Pure: no I/O, no clock, no thread.
+
+    The instructions that ``handle`` returns are executed in order before the next event.
+    """
+
+    @property
+    def has_step_in_flight(self) -> bool: ...
+
+    @property
+    def num_open(self) -> int:
+        """Requests and transfers that are not over yet: what a drain waits for."""
+        ...
+
+    def handle(self, event: object, now: float) -> list[object]: ...
+
+    def report(self, facts: ShellFacts) -> LoadReport: ...

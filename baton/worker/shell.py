@@ -1,0 +1,126 @@
+"""The asyncio around a worker's decider: one event loop, one engine thread, one bound socket.
+
+The shell feeds events in and executes instructions; whatever is special to a role
+(``prefill_worker.service``, ``decode_worker.service``) hangs its own handlers on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import zmq.asyncio
+
+from baton.engine.plan import StepPlan, StepResult
+from baton.messaging.server import MessageServer, Peer
+from baton.protocol.clock import Clock
+from baton.protocol.messages import AnyMessage, Hello, HelloReply
+from baton.worker.events import (
+    Decider,
+    FromPeer,
+    RunStep,
+    ShellFacts,
+    StepDone,
+    StepRaised,
+    StepWanted,
+    Tick,
+    ToRouter,
+)
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.2
+
+
+class Engine(Protocol):
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class WorkerShell:
+    """perform: executes the instructions that are not every worker's.
+    facts: the counters that only the shell of that role knows.
+    """
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        decider: Decider,
+        engine: Engine,
+        clock: Clock,
+        *,
+        describe: Callable[[Hello, int], HelloReply],
+        perform: Callable[[object], None],
+        facts: Callable[[], ShellFacts],
+    ) -> None:
+        self._decider = decider
+        self._engine = engine
+        self._clock = clock
+        self._perform = perform
+        self._facts = facts
+        self._server = MessageServer(context, describe, self._on_message)
+        self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._plans: asyncio.Queue[StepPlan] = asyncio.Queue(1)
+        self._step_is_wanted = False
+
+    @property
+    def server(self) -> MessageServer:
+        return self._server
+
+    async def run(self) -> None:
+        """Serve until cancelled; a step in flight is waited for."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._server.run(), name="messages")
+                group.create_task(self._run_steps(), name="steps")
+                group.create_task(self._tick(), name="ticks")
+        finally:
+            self._engine_thread.shutdown(wait=True)
+
+    def feed(self, event: object) -> None:
+        """Decide, execute, and let the engine look for work once this turn is over."""
+        self._execute(event)
+        if not self._step_is_wanted:
+            self._step_is_wanted = True
+            asyncio.get_running_loop().call_soon(self._want_step)
+
+    def _execute(self, event: object) -> None:
+        for instruction in self._decider.handle(event, self._clock.now()):
+            match instruction:
+                case ToRouter(router_id, message):
+                    self._server.send_to(router_id, message)
+                case RunStep(plan):
+                    self._plans.put_nowait(plan)
+                case _:
+                    self._perform(instruction)
+
+    def _want_step(self) -> None:
+        self._step_is_wanted = False
+        if not self._decider.has_step_in_flight:
+            self._execute(StepWanted())
+
+    def _on_message(self, peer: Peer, message: AnyMessage) -> None:
+        self.feed(FromPeer(peer.key, peer.sender_id, peer.role, message))
+
+    async def _run_steps(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            plan = await self._plans.get()
+            try:
+                result = await loop.run_in_executor(self._engine_thread, self._engine.execute, plan)
+            except Exception as exc:
+                # Whatever a step raises costs the requests of that step and nothing else.
+                log.exception("step %d raised", plan.step)
+                self.feed(StepRaised(f"the engine step raised {type(exc).__name__}: {exc}"))
+            else:
+                self.feed(StepDone(result))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.feed(Tick())
+            report = self._decider.report(self._facts())
+            for router in self._server.peers("router"):
+                self._server.send(router.key, report)

@@ -1,0 +1,27 @@
+"""What it takes to start one worker, as data that a launcher can pass to another process."""
+
+from __future__ import annotations
+
+import msgspec
+
+from baton.protocol.config import KvTransferConfig, ModelConfig, PoolConfig
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """host: the address that this worker binds and that its peers connect to."""
+
+    worker_id: str
+    pool: PoolConfig
+    model: ModelConfig
+    kv_transfer: KvTransferConfig
+    host: str = "127.0.0.1"
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a started worker publishes: with it, peers need no registry any more."""
+
+    worker_id: str
+    incarnation: str
+    role: str
+    address: str
+    pid: int

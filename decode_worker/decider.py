@@ -1,0 +1,377 @@
+"""What a decode (or mixed) worker does when something happens. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.scheduler import NewToken, Scheduler, Sequence
+from baton.protocol.config import EngineConfig
+from baton.protocol.ids import RequestId, transfer_id
+from baton.protocol.messages import (
+    Abort,
+    AnyMessage,
+    Denied,
+    Dispatch,
+    Drain,
+    HopTimes,
+    KvFrame,
+    LeaseRenew,
+    LoadReport,
+    RequestBody,
+    RequestFailed,
+    Reserve,
+    RouterAlive,
+    TokenAck,
+    TokenItem,
+    TransferCancel,
+    TransferEnd,
+)
+from baton.worker.admission import refusal
+from baton.worker.events import (
+    FromPeer,
+    RunStep,
+    ShellFacts,
+    StepDone,
+    StepRaised,
+    StepWanted,
+    Tick,
+    ToRouter,
+)
+from baton.worker.outbox import TokenOutbox
+from baton.worker.router_leases import RouterLeases
+from kv_transfer.frames import RAW
+from kv_transfer.instructions import Arrived, ReceiveInstruction, ToPrefill
+from kv_transfer.receiver import Receiver
+
+MAX_JOBS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class FrameArrived:
+    """``checksum`` is CRC-32 of the payload. The payload itself stays with the shell."""
+
+    frame: KvFrame
+    num_bytes: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndArrived:
+    end: TransferEnd
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request that this worker decodes. ``hop`` is told once, with the next token."""
+
+    body: RequestBody
+    arrived_at: float
+    deadline_at: float
+    started_at: float | None = None
+    hop: HopTimes | None = None
+
+
+class DecodeDecider:
+    def __init__(
+        self,
+        worker_id: str,
+        incarnation: str,
+        role: str,
+        config: EngineConfig,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        receiver: Receiver,
+        vocab_size: int,
+    ) -> None:
+        self._worker_id = worker_id
+        self._incarnation = incarnation
+        self._role = role
+        self._config = config
+        self._pool = pool
+        self._scheduler = scheduler
+        self._receiver = receiver
+        self._vocab_size = vocab_size
+        self._outbox = TokenOutbox(worker_id, incarnation)
+        self._routers = RouterLeases()
+        self._jobs: dict[str, _Job] = {}
+        self._incoming_of: dict[str, RequestBody] = {}
+        self._draining = False
+
+    @property
+    def has_step_in_flight(self) -> bool:
+        return self._scheduler.has_step_in_flight
+
+    @property
+    def num_open(self) -> int:
+        return len(self._jobs) + self._receiver.num_open + self._outbox.num_streams
+
+    def handle(self, event: object, now: float) -> list[object]:
+        return [*self._react(event, now), *self._grant(now)]
+
+    def _react(self, event: object, now: float) -> list[object]:
+        match event:
+            case FromPeer(peer_key, sender_id, _, message):
+                return self._from_peer(peer_key, sender_id, message, now)
+            case FrameArrived(frame, num_bytes, checksum):
+                return [*self._receiver.frame(frame, num_bytes, checksum, now)]
+            case EndArrived(end):
+                return self._received(self._receiver.end(end, now), now)
+            case StepWanted():
+                return self._step(now)
+            case StepDone(result):
+                return self._book(self._scheduler.complete(result), now)
+            case StepRaised(reason):
+                return self._step_raised(reason)
+            case Tick():
+                return self._tick(now)
+        raise AssertionError(f"unknown event {event!r}")
+
+    # --- messages -----------------------------------------------------------------------
+
+    def _from_peer(
+        self, peer_key: str, sender_id: str, message: AnyMessage, now: float
+    ) -> list[object]:
+        match message:
+            case Dispatch(body, _):
+                self._routers.seen(body.router_id, now)
+                return self._accept(body, now)
+            case Abort(request_id, attempt):
+                self._abort(request_id, attempt, now)
+            case TokenAck():
+                self._outbox.ack(message)
+            case RouterAlive():
+                self._routers.seen(sender_id, now)
+            case Drain():
+                self._draining = True
+            case Reserve():
+                return self._reserve(peer_key, message, now)
+            case LeaseRenew():
+                self._receiver.renew(peer_key, message, now)
+            case TransferCancel(transfer):
+                self._receiver.cancel(transfer, now)
+                self._incoming_of.pop(transfer, None)
+        return []
+
+    def _accept(self, body: RequestBody, now: float) -> list[object]:
+        """Both phases here."""
+        seq_id = transfer_id(RequestId(body.request_id), body.attempt)
+        if seq_id in self._jobs or self._scheduler.get(seq_id) is not None:
+            return []
+        code, reason, retryable = self._refusal(body)
+        if code:
+            return [self._failed(body, code, reason, retryable)]
+        self._jobs[seq_id] = _Job(body, now, now + body.deadline_in_s)
+        self._scheduler.add(
+            Sequence(seq_id, body.prompt_ids, list(body.output_ids), body.sampling, body.priority)
+        )
+        return []
+
+    def _reserve(self, peer_key: str, ask: Reserve, now: float) -> list[object]:
+        self._routers.seen(ask.body.router_id, now)
+        transfer = ask.transfer_id
+        if transfer in self._incoming_of or self._scheduler.get(transfer) is not None:
+            return []
+        code, reason, retryable = self._refusal(ask.body)
+        if not code and transfer != transfer_id(RequestId(ask.body.request_id), ask.body.attempt):
+            code, reason = "invalid_request", "the transfer id does not belong to the request"
+        if code:
+            return [ToPrefill(peer_key, Denied(transfer, code, reason, retryable))]
+        self._incoming_of[ask.transfer_id] = ask.body
+        return [*self._receiver.reserve(peer_key, ask, now)]
+
+    def _refusal(self, body: RequestBody) -> tuple[str, str, bool]:
+        """(code, message, retryable); the code is "" for a request that can run here."""
+        if self._draining or len(self._jobs) >= MAX_JOBS:
+            return "unavailable", "this worker takes nothing new", True
+        # The last token drawn is never computed.
+        kv_tokens = len(body.prompt_ids) + max(len(body.output_ids), body.sampling.max_tokens - 1)
+        reason = refusal(body, kv_tokens, self._pool, self._vocab_size)
+        return ("invalid_request", reason, False) if reason else ("", "", False)
+
+    def _abort(self, request_id: str, attempt: int, now: float) -> None:
+        self._outbox.forget(request_id, attempt)
+        for seq_id, job in list(self._jobs.items()):
+            if job.body.request_id == request_id and job.body.attempt <= attempt:
+                self._drop(seq_id)
+        for transfer, body in list(self._incoming_of.items()):
+            if body.request_id == request_id and body.attempt <= attempt:
+                self._drop_incoming(transfer, now)
+
+    def _drop(self, seq_id: str) -> None:
+        del self._jobs[seq_id]
+        self._scheduler.drop(seq_id)
+
+    def _drop_incoming(self, transfer: str, now: float) -> None:
+        del self._incoming_of[transfer]
+        self._receiver.cancel(transfer, now)
+
+    # --- transfers ----------------------------------------------------------------------
+
+    def _grant(self, now: float) -> list[object]:
+        """Preempted sequences come back before anything new is let in."""
+        if self._scheduler.num_waiting and self._role != "mixed":
+            return []
+        seats = self._config.max_num_seqs - self._scheduler.num_running
+        return [*self._receiver.grant(seats, now)]
+
+    def _received(self, instructions: list[ReceiveInstruction], now: float) -> list[object]:
+        passed: list[object] = []
+        for instruction in instructions:
+            if isinstance(instruction, Arrived):
+                self._join(instruction, now)
+            else:
+                passed.append(instruction)
+        return passed
+
+    def _join(self, arrived: Arrived, now: float) -> None:
+        body = self._incoming_of.pop(arrived.transfer_id)
+        outputs = [*body.output_ids, *arrived.token_ids]
+        job = _Job(body, now, now + body.deadline_in_s, started_at=now)
+        job.hop = HopTimes(
+            reserve_wait_s=arrived.reserve_wait_s,
+            transfer_s=arrived.transfer_s,
+            transfer_bytes=arrived.num_bytes,
+            transfer_frames=arrived.num_frames,
+            codec=RAW,
+            transport="zeromq",
+        )
+        self._jobs[arrived.transfer_id] = job
+        self._scheduler.add_computed(
+            Sequence(
+                arrived.transfer_id,
+                body.prompt_ids,
+                outputs,
+                body.sampling,
+                body.priority,
+                block_table=list(arrived.blocks),
+                num_computed=len(body.prompt_ids) + len(body.output_ids),
+            )
+        )
+
+    # --- steps --------------------------------------------------------------------------
+
+    def _step(self, now: float) -> list[object]:
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return []
+        for chunk in plan.chunks:
+            job = self._jobs[chunk.seq_id]
+            if job.started_at is None:
+                job.started_at = now
+        return [RunStep(plan)]
+
+    def _book(self, news: list[NewToken], now: float) -> list[object]:
+        for new in news:
+            self._new_token(new, now)
+        return [*self._outbox.flush()]
+
+    def _new_token(self, new: NewToken, now: float) -> None:
+        sequence = new.sequence
+        job = self._jobs[sequence.seq_id]
+        assert job.started_at is not None
+        if len(sequence.output_ids) == len(job.body.output_ids) + 1:
+            job.hop = HopTimes(
+                queued_s=job.started_at - job.arrived_at,
+                prefill_s=now - job.started_at,
+                num_chunks=sequence.num_chunks,
+            )
+        hop, job.hop = job.hop, None
+        if new.finish_reason and sequence.num_preemptions:
+            hop = HopTimes(preemptions=sequence.num_preemptions)
+        item = TokenItem(
+            request_id=job.body.request_id,
+            attempt=job.body.attempt,
+            seq=len(sequence.output_ids) - 1,
+            token_ids=(new.token_id,),
+            logprobs=() if new.logprobs is None else (new.logprobs,),
+            finish_reason=new.finish_reason,
+            stop_token_id=new.stop_token_id,
+            hop=hop,
+        )
+        self._outbox.put(job.body.router_id, item, now)
+        if new.finish_reason:
+            del self._jobs[sequence.seq_id]
+
+    def _step_raised(self, reason: str) -> list[object]:
+        return [
+            self._failed(
+                self._jobs.pop(sequence.seq_id).body, "internal", reason, True, self._worker_id
+            )
+            for sequence in self._scheduler.abandon_step()
+        ]
+
+    # --- time ---------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> list[object]:
+        instructions = self._received(self._receiver.tick(now), now)
+        for instruction in instructions:
+            if isinstance(instruction, ToPrefill) and isinstance(instruction.message, Denied):
+                self._incoming_of.pop(instruction.message.transfer_id, None)
+        instructions += self._outbox.resend(now)
+        gone = set(self._routers.expired(now))
+        for router_id in gone:
+            self._outbox.forget_router(router_id)
+        for transfer, body in list(self._incoming_of.items()):
+            if body.router_id in gone:
+                self._drop_incoming(transfer, now)
+        for seq_id, job in list(self._jobs.items()):
+            if job.body.router_id in gone:
+                self._drop(seq_id)
+            elif now > job.deadline_at:
+                self._drop(seq_id)
+                reason = "the deadline passed in the decode worker"
+                instructions.append(self._failed(job.body, "deadline_exceeded", reason, False))
+        return instructions
+
+    def report(self, facts: ShellFacts) -> LoadReport:
+        scheduler, counts = self._scheduler, self._scheduler.counts
+        return LoadReport(
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
+            role=self._role,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_waiting_tokens=scheduler.num_waiting_tokens,
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            block_size=self._pool.block_size,
+            num_transfers=self._receiver.num_open,
+            num_parked=0,
+            num_preemptions=counts.num_preemptions,
+            num_backpressured=counts.num_blocked + self._receiver.num_blocked,
+            kv_bytes_sent=facts.kv_bytes_sent,
+            kv_bytes_received=facts.kv_bytes_received,
+            kv_transport=facts.kv_transport,
+            num_leases=self._receiver.num_open,
+            num_tasks=facts.num_tasks,
+            step_count=scheduler.num_steps,
+            draining=self._draining,
+            integrity_errors=tuple(self._check_integrity()),
+        )
+
+    def _check_integrity(self) -> list[str]:
+        """Run when nothing is open: then every block must be free."""
+        if self._jobs or self._receiver.num_open or self.has_step_in_flight:
+            return []
+        problems = self._scheduler.check_integrity()
+        if self._pool.owners:
+            problems.append(f"blocks left with {sorted(self._pool.owners)[:4]}")
+        return problems
+
+    def _failed(
+        self, body: RequestBody, code: str, message: str, retryable: bool, suspect: str = ""
+    ) -> ToRouter:
+        return ToRouter(
+            body.router_id,
+            RequestFailed(
+                body.request_id,
+                body.attempt,
+                code,
+                message[:2_000],
+                retryable,
+                self._role,
+                suspect,
+            ),
+        )
+

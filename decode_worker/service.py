@@ -1,0 +1,116 @@
+"""The decode (or mixed) worker as a service: executor, decider, shell and KV input."""
+
+from __future__ import annotations
+
+import asyncio
+
+import zmq.asyncio
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.executor import Executor
+from baton.engine.scheduler import Scheduler
+from baton.protocol.clock import Clock
+from baton.protocol.messages import Hello, HelloReply, KvFrame, TransferEnd
+from baton.worker.events import ShellFacts
+from baton.worker.shell import WorkerShell
+from baton.worker.spec import WorkerSpec
+from decode_worker.decider import DecodeDecider, EndArrived, FrameArrived
+from kv_transfer.instructions import ToPrefill, WriteKv
+from kv_transfer.receiver import Receiver
+from kv_transfer.zeromq import TRANSPORT, KvPuller
+
+
+class DecodeService:
+    """``bind`` tells the address, ``run`` serves until cancelled."""
+
+    def __init__(
+        self, spec: WorkerSpec, incarnation: str, executor: Executor, clock: Clock
+    ) -> None:
+        self._spec = spec
+        self._incarnation = incarnation
+        self._executor = executor
+        engine = spec.pool.engine
+        pool = BlockPool(engine.num_blocks, engine.block_size)
+        self.decider = DecodeDecider(
+            spec.worker_id,
+            incarnation,
+            spec.pool.role,
+            engine,
+            pool,
+            Scheduler(pool, engine, frozenset(executor.spec.eos_token_ids)),
+            Receiver(pool, executor.layout, engine, spec.kv_transfer),
+            executor.spec.vocab_size,
+        )
+        self._context = zmq.asyncio.Context()
+        self._shell = WorkerShell(
+            self._context,
+            self.decider,
+            executor,
+            clock,
+            describe=self._describe,
+            perform=self._perform,
+            facts=self._facts,
+        )
+        self._puller = KvPuller(self._context, self._on_frame, self._on_end)
+        self._kv_address = ""
+        self._payload: memoryview | None = None
+
+    def bind(self) -> str:
+        """Raises ConfigError when the host cannot be bound."""
+        self._kv_address = self._puller.bind(self._spec.host)
+        return self._shell.server.bind(self._spec.host)
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._puller.run(), name="kv")
+                group.create_task(self._shell.run(), name="shell")
+        finally:
+            self._context.destroy(linger=0)
+
+    def _describe(self, hello: Hello, version: int) -> HelloReply:
+        engine = self._spec.pool.engine
+        return HelloReply(
+            refusal="",
+            version=version,
+            worker_id=self._spec.worker_id,
+            incarnation=self._incarnation,
+            role=self._spec.pool.role,
+            layout_fingerprint=self._executor.layout.fingerprint(),
+            kv_address=self._kv_address,
+            capacity_tokens=engine.num_blocks * engine.block_size,
+        )
+
+    def _on_frame(self, frame: KvFrame, payload: memoryview, checksum: int) -> None:
+        """WriteKv comes back, if at all, while this very frame is being fed."""
+        self._payload = payload
+        self._shell.feed(FrameArrived(frame, payload.nbytes, checksum))
+        self._payload = None
+
+    def _on_end(self, end: TransferEnd) -> None:
+        self._shell.feed(EndArrived(end))
+
+    def _perform(self, instruction: object) -> None:
+        match instruction:
+            case ToPrefill(peer_key, message):
+                self._shell.server.send(peer_key, message)
+            case WriteKv(frame, block_table):
+                assert self._payload is not None
+                self._executor.write_kv(
+                    block_table,
+                    frame.token_start,
+                    frame.num_tokens,
+                    frame.layer_start,
+                    frame.num_layers,
+                    self._payload,
+                )
+            case _:
+                raise AssertionError(f"unknown instruction {instruction!r}")
+
+    def _facts(self) -> ShellFacts:
+        return ShellFacts(
+            kv_bytes_sent=0,
+            kv_bytes_received=self._puller.num_bytes,
+            kv_transport=TRANSPORT,
+            num_tasks=0,
+        )

@@ -1,0 +1,91 @@
+"""What the two ends of a hand-over ask of the shell around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.protocol.messages import KvFrame, Message, RequestBody, TransferEnd, WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class ToDecode:
+    """Send a message to a decode worker over its message link."""
+
+    decode: WorkerRef
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class PushKv:
+    """Read tokens ``token_start ..`` out of the blocks and send them as frames, in order.
+
+    The shell reads when the link has room, not now: the blocks stay the sender's until the
+    transfer is over. Frames are numbered from ``first_index``.
+    """
+
+    decode: WorkerRef
+    transfer_id: str
+    epoch: int
+    first_index: int
+    block_table: tuple[int, ...]
+    token_start: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PushEnd:
+    decode: WorkerRef
+    end: TransferEnd
+
+
+@dataclass(frozen=True, slots=True)
+class CancelPush:
+    """Forget what is queued for a transfer: its blocks are about to be someone else's."""
+
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToPrefill:
+    """Answer the prefill worker that asked, by its peer key."""
+
+    peer_key: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class WriteKv:
+    """Write the payload that came with ``frame`` into these blocks, now."""
+
+    frame: KvFrame
+    block_table: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SendClosed:
+    """A transfer is over at the prefill end, its blocks are free. ``error_code`` "" is success."""
+
+    transfer_id: str
+    error_code: str = ""
+    message: str = ""
+    retryable: bool = False
+    suspect: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A transfer committed at the decode end: ``blocks`` (owned by its id) hold the KV."""
+
+    transfer_id: str
+    body: RequestBody
+    token_ids: tuple[int, ...]
+    """Drawn by the prefill side, and already on their way to the client."""
+    blocks: tuple[int, ...]
+    reserve_wait_s: float
+    transfer_s: float
+    num_bytes: int
+    num_frames: int
+
+
+SendInstruction = ToDecode | PushKv | PushEnd | CancelPush | SendClosed
+ReceiveInstruction = ToPrefill | WriteKv | Arrived

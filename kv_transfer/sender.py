@@ -1,0 +1,251 @@
+"""The prefill end of all hand-overs of one worker. Pure.
+
+Room is asked for when the first chunk is scheduled, frames go as soon as room is granted,
+and the source blocks are freed on an acknowledgement, a refusal or an abort - never by a
+timer. Source blocks are only read, and frames carry copies, so freeing them needs no
+fencing: ``CancelPush`` makes the shell forget what it has not read yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.protocol.config import KvTransferConfig
+from baton.protocol.layout import KvLayout
+from baton.protocol.lifecycle import SEND_TRANSITIONS, Machine, SendEvent, SendState
+from baton.protocol.messages import (
+    Denied,
+    Granted,
+    LeaseRenew,
+    RequestBody,
+    Reserve,
+    TransferAck,
+    TransferCancel,
+    TransferEnd,
+    TransferNack,
+    WorkerRef,
+)
+from kv_transfer.blocks import Blocks
+from kv_transfer.frames import cut_frames
+from kv_transfer.instructions import (
+    CancelPush,
+    PushEnd,
+    PushKv,
+    SendClosed,
+    SendInstruction,
+    ToDecode,
+)
+
+RENEWALS_PER_LEASE = 3
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """``owner`` names this transfer in the block pool once prefill has ended."""
+
+    machine: Machine[SendState, SendEvent]
+    decode: WorkerRef
+    num_tokens: int
+    owner: str
+    block_table: tuple[int, ...] = ()
+    num_computed: int = 0
+    token_ids: tuple[int, ...] = ()
+    epoch: int = 0
+    num_sent: int = 0
+    num_frames: int = 0
+    num_resends: int = 0
+    ended_at: float = 0.0
+
+
+class Sender:
+    """``handle``-style methods: each takes an event and ``now``, returns instructions."""
+
+    def __init__(self, pool: Blocks, layout: KvLayout, config: KvTransferConfig) -> None:
+        self._pool = pool
+        self._layout = layout
+        self._fingerprint = layout.fingerprint()
+        self._config = config
+        self._open: dict[str, _Outgoing] = {}
+        self._renew_at = 0.0
+        self.num_parked = 0
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, transfer_id: str) -> bool:
+        return transfer_id in self._open
+
+    def begin(
+        self, transfer_id: str, decode: WorkerRef, body: RequestBody, now: float
+    ) -> list[SendInstruction]:
+        """The first chunk of the prompt was scheduled: ask for room."""
+        assert transfer_id not in self._open
+        self._open[transfer_id] = _Outgoing(
+            machine=Machine(transfer_id, SEND_TRANSITIONS, SendState.RESERVING, now),
+            decode=decode,
+            num_tokens=len(body.prompt_ids) + len(body.output_ids),
+            owner=owner_name(transfer_id),
+        )
+        return [ToDecode(decode, Reserve(transfer_id, self._fingerprint, body))]
+
+    def computed(
+        self, transfer_id: str, block_table: tuple[int, ...], num_computed: int, now: float
+    ) -> list[SendInstruction]:
+        """KV of the first ``num_computed`` tokens is final and stays where it is."""
+        out = self._open[transfer_id]
+        out.block_table = block_table
+        out.num_computed = num_computed
+        return self._push(transfer_id, out, now)
+
+    def prefill_done(
+        self, transfer_id: str, token_ids: tuple[int, ...], now: float
+    ) -> list[SendInstruction]:
+        """All KV is computed; its blocks now belong to ``owner_name(transfer_id)``."""
+        out = self._open[transfer_id]
+        assert out.num_computed == out.num_tokens
+        out.token_ids = token_ids
+        if out.machine.move(SendEvent.PREFILL_DONE, now) is SendState.PARKED:
+            self.num_parked += 1
+        return self._push(transfer_id, out, now)
+
+    def granted(self, message: Granted, peer: WorkerRef, now: float) -> list[SendInstruction]:
+        out = self._open.get(message.transfer_id)
+        if out is None:
+            return [ToDecode(peer, TransferCancel(message.transfer_id))]
+        if not out.machine.allows(SendEvent.GRANTED):
+            return []
+        out.machine.move(SendEvent.GRANTED, now)
+        out.epoch = message.epoch
+        return self._push(message.transfer_id, out, now)
+
+    def nacked(self, message: TransferNack, now: float) -> list[SendInstruction]:
+        out = self._open.get(message.transfer_id)
+        if out is None or out.epoch != message.dead_epoch:
+            return []
+        out.num_resends += 1
+        if out.num_resends > self._config.max_resends:
+            reason = f"{message.reason}; sent {out.num_resends} times"
+            return [
+                ToDecode(out.decode, TransferCancel(message.transfer_id)),
+                *self._close(
+                    message.transfer_id,
+                    SendEvent.FAIL,
+                    now,
+                    SendClosed(
+                        message.transfer_id,
+                        "transfer_failed",
+                        reason,
+                        retryable=True,
+                        suspect=out.decode.worker_id,
+                    ),
+                ),
+            ]
+        out.machine.move(SendEvent.NACKED, now)
+        out.epoch = message.epoch
+        out.num_sent = out.num_frames = 0
+        return [CancelPush(message.transfer_id), *self._push(message.transfer_id, out, now)]
+
+    def acked(self, message: TransferAck, now: float) -> list[SendInstruction]:
+        out = self._open.get(message.transfer_id)
+        if out is None or out.epoch != message.epoch or not out.machine.allows(SendEvent.ACK):
+            return []
+        return self._close(message.transfer_id, SendEvent.ACK, now, SendClosed(message.transfer_id))
+
+    def denied(self, message: Denied, now: float) -> list[SendInstruction]:
+        out = self._open.get(message.transfer_id)
+        if out is None:
+            return []
+        closed = SendClosed(
+            message.transfer_id,
+            message.code,
+            message.message,
+            message.retryable,
+            suspect=out.decode.worker_id if message.retryable else "",
+        )
+        return self._close(message.transfer_id, SendEvent.FAIL, now, closed)
+
+    def refused(self, decode: WorkerRef, reason: str, now: float) -> list[SendInstruction]:
+        """That decode worker refused our hello: nothing will ever be sent to it."""
+        doomed = [t for t, out in self._open.items() if out.decode == decode]
+        return [
+            instruction
+            for transfer_id in doomed
+            for instruction in self.denied(
+                Denied(transfer_id, "incompatible_peer", reason, True), now
+            )
+        ]
+
+    def cancel(self, transfer_id: str, now: float) -> list[SendInstruction]:
+        """Idempotent. No SendClosed comes of it: the caller knows."""
+        out = self._open.get(transfer_id)
+        if out is None:
+            return []
+        cancel = ToDecode(out.decode, TransferCancel(transfer_id))
+        return [cancel, *self._close(transfer_id, SendEvent.ABORT, now, None)]
+
+    def tick(self, now: float) -> list[SendInstruction]:
+        """Renew the leases of all that is open, a few times within each lease.
+
+        An end that was not answered for a whole lease is said again: the end or its answer
+        may have been lost with a connection.
+        """
+        if now < self._renew_at or not self._open:
+            return []
+        self._renew_at = now + self._config.lease_s / RENEWALS_PER_LEASE
+        by_decode: dict[WorkerRef, list[str]] = {}
+        for transfer_id, out in self._open.items():
+            by_decode.setdefault(out.decode, []).append(transfer_id)
+        instructions: list[SendInstruction] = [
+            ToDecode(decode, LeaseRenew(tuple(ids))) for decode, ids in by_decode.items()
+        ]
+        for transfer_id, out in self._open.items():
+            if (
+                out.machine.state is SendState.FLUSHING
+                and now - out.ended_at > self._config.lease_s
+            ):
+                instructions += self._push(transfer_id, out, now)
+        return instructions
+
+    def _push(self, transfer_id: str, out: _Outgoing, now: float) -> list[SendInstruction]:
+        if out.machine.state not in (SendState.STREAMING, SendState.FLUSHING):
+            return []
+        instructions: list[SendInstruction] = []
+        count = out.num_computed - out.num_sent
+        if count > 0:
+            instructions.append(
+                PushKv(
+                    out.decode,
+                    transfer_id,
+                    out.epoch,
+                    out.num_frames,
+                    out.block_table,
+                    out.num_sent,
+                    count,
+                )
+            )
+            cuts = cut_frames(self._layout, out.num_sent, count, self._config.max_frame_bytes)
+            out.num_frames += sum(1 for _ in cuts)
+            out.num_sent = out.num_computed
+        if out.machine.state is SendState.FLUSHING:
+            end = TransferEnd(transfer_id, out.epoch, out.num_frames, out.num_tokens, out.token_ids)
+            out.ended_at = now
+            instructions.append(PushEnd(out.decode, end))
+        return instructions
+
+    def _close(
+        self, transfer_id: str, event: SendEvent, now: float, closed: SendClosed | None
+    ) -> list[SendInstruction]:
+        out = self._open[transfer_id]
+        holds_blocks = out.machine.state in (SendState.PARKED, SendState.FLUSHING)
+        out.machine.move(event, now)
+        del self._open[transfer_id]
+        if holds_blocks:
+            self._pool.release(out.owner, out.block_table)
+        cancel: list[SendInstruction] = [CancelPush(transfer_id)]
+        return cancel if closed is None else [*cancel, closed]
+
+
+def owner_name(transfer_id: str) -> str:
+    """The name under which a transfer holds its source blocks after prefill."""
+    return f"{transfer_id}#send"

@@ -1,0 +1,339 @@
+"""What a prefill worker does when something happens. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.plan import StepPlan
+from baton.engine.scheduler import NewToken, Scheduler, Sequence
+from baton.protocol.ids import RequestId, transfer_id
+from baton.protocol.messages import (
+    Abort,
+    AnyMessage,
+    Denied,
+    Dispatch,
+    Drain,
+    Granted,
+    HopTimes,
+    LoadReport,
+    RequestBody,
+    RequestFailed,
+    RouterAlive,
+    TokenAck,
+    TokenItem,
+    TransferAck,
+    TransferNack,
+    WorkerRef,
+)
+from baton.worker.admission import refusal
+from baton.worker.events import (
+    FromPeer,
+    RunStep,
+    ShellFacts,
+    StepDone,
+    StepRaised,
+    StepWanted,
+    Tick,
+    ToRouter,
+)
+from baton.worker.outbox import TokenOutbox
+from baton.worker.router_leases import RouterLeases
+from kv_transfer.instructions import SendClosed, SendInstruction
+from kv_transfer.sender import Sender, owner_name
+
+ROLE = "prefill"
+MAX_JOBS = 8_192
+
+
+@dataclass(frozen=True, slots=True)
+class FromDecode:
+    """An answer of a decode worker that this worker connected to."""
+
+    decode: WorkerRef
+    message: AnyMessage
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRefused:
+    """A decode worker answered our hello with no, or is another incarnation by now."""
+
+    decode: WorkerRef
+    reason: str
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request from its dispatch until its KV is acknowledged (or it ended here)."""
+
+    body: RequestBody
+    decode: WorkerRef
+    arrived_at: float
+    deadline_at: float
+    started_at: float | None = None
+
+
+class PrefillDecider:
+    def __init__(
+        self,
+        worker_id: str,
+        incarnation: str,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        sender: Sender,
+        vocab_size: int,
+    ) -> None:
+        self._worker_id = worker_id
+        self._incarnation = incarnation
+        self._pool = pool
+        self._scheduler = scheduler
+        self._sender = sender
+        self._vocab_size = vocab_size
+        self._outbox = TokenOutbox(worker_id, incarnation)
+        self._routers = RouterLeases()
+        self._jobs: dict[str, _Job] = {}
+        self._plan: StepPlan | None = None
+        self._draining = False
+
+    @property
+    def has_step_in_flight(self) -> bool:
+        return self._scheduler.has_step_in_flight
+
+    @property
+    def num_open(self) -> int:
+        return len(self._jobs) + self._outbox.num_streams
+
+    def handle(self, event: object, now: float) -> list[object]:
+        match event:
+            case FromPeer(message=message, sender_id=sender_id):
+                return self._from_peer(sender_id, message, now)
+            case FromDecode(decode, message):
+                return self._from_decode(decode, message, now)
+            case DecodeRefused(decode, reason):
+                return self._sent(self._sender.refused(decode, reason, now), now)
+            case StepWanted():
+                return self._step(now)
+            case StepDone(result):
+                assert self._plan is not None
+                return self._book(self._plan, self._scheduler.complete(result), now)
+            case StepRaised(reason):
+                return self._step_raised(reason, now)
+            case Tick():
+                return self._tick(now)
+        raise AssertionError(f"unknown event {event!r}")
+
+    # --- messages -----------------------------------------------------------------------
+
+    def _from_peer(self, sender_id: str, message: AnyMessage, now: float) -> list[object]:
+        match message:
+            case Dispatch(body, decode):
+                self._routers.seen(body.router_id, now)
+                return self._accept(body, decode, now)
+            case Abort(request_id, attempt):
+                return self._abort(request_id, attempt, now)
+            case TokenAck():
+                self._outbox.ack(message)
+            case RouterAlive():
+                self._routers.seen(sender_id, now)
+            case Drain():
+                self._draining = True
+        return []
+
+    def _from_decode(self, decode: WorkerRef, message: AnyMessage, now: float) -> list[object]:
+        sender = self._sender
+        match message:
+            case Granted():
+                return self._sent(sender.granted(message, decode, now), now)
+            case Denied():
+                return self._sent(sender.denied(message, now), now)
+            case TransferAck():
+                return self._sent(sender.acked(message, now), now)
+            case TransferNack():
+                return self._sent(sender.nacked(message, now), now)
+        return []
+
+    def _accept(self, body: RequestBody, decode: WorkerRef | None, now: float) -> list[object]:
+        seq_id = transfer_id(RequestId(body.request_id), body.attempt)
+        if seq_id in self._jobs or self._scheduler.get(seq_id) is not None:
+            return []
+        if self._draining or len(self._jobs) >= MAX_JOBS:
+            return [_failed(body, "unavailable", "this worker takes nothing new", True)]
+        if decode is None:
+            return [_failed(body, "internal", "a prefill worker needs a decode worker", False)]
+        kv_tokens = len(body.prompt_ids) + len(body.output_ids)
+        reason = refusal(body, kv_tokens, self._pool, self._vocab_size)
+        if reason:
+            return [_failed(body, "invalid_request", reason, False)]
+        self._jobs[seq_id] = _Job(body, decode, now, now + body.deadline_in_s)
+        self._scheduler.add(
+            Sequence(seq_id, body.prompt_ids, list(body.output_ids), body.sampling, body.priority)
+        )
+        return []
+
+    def _abort(self, request_id: str, attempt: int, now: float) -> list[object]:
+        self._outbox.forget(request_id, attempt)
+        doomed = [
+            seq_id
+            for seq_id, job in self._jobs.items()
+            if job.body.request_id == request_id and job.body.attempt <= attempt
+        ]
+        return [i for seq_id in doomed for i in self._drop(seq_id, now)]
+
+    def _drop(self, seq_id: str, now: float) -> list[object]:
+        del self._jobs[seq_id]
+        self._scheduler.drop(seq_id)
+        return [*self._sender.cancel(seq_id, now)]
+
+    # --- steps --------------------------------------------------------------------------
+
+    def _step(self, now: float) -> list[object]:
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return []
+        self._plan = plan
+        instructions: list[object] = [RunStep(plan)]
+        for chunk in plan.chunks:
+            job = self._jobs[chunk.seq_id]
+            if job.started_at is None:
+                job.started_at = now
+                if job.body.sampling.max_tokens > len(job.body.output_ids) + 1:
+                    instructions += self._sender.begin(chunk.seq_id, job.decode, job.body, now)
+        return instructions
+
+    def _book(self, plan: StepPlan, news: list[NewToken], now: float) -> list[object]:
+        instructions: list[object] = []
+        drawn = {n.sequence.seq_id: n for n in news}
+        for chunk in plan.chunks:
+            new = drawn.get(chunk.seq_id)
+            if new is not None:
+                instructions += self._first_token(new, now)
+            elif chunk.seq_id in self._sender:
+                done = chunk.start + len(chunk.token_ids)
+                instructions += self._sent(
+                    self._sender.computed(chunk.seq_id, chunk.block_table, done, now), now
+                )
+        return [*self._outbox.flush(), *instructions]
+
+    def _first_token(self, new: NewToken, now: float) -> list[object]:
+        sequence = new.sequence
+        job = self._jobs[sequence.seq_id]
+        assert job.started_at is not None
+        hop = HopTimes(
+            queued_s=job.started_at - job.arrived_at,
+            prefill_s=now - job.started_at,
+            num_chunks=sequence.num_chunks,
+            preemptions=sequence.num_preemptions,
+        )
+        item = TokenItem(
+            request_id=job.body.request_id,
+            attempt=job.body.attempt,
+            seq=len(sequence.output_ids) - 1,
+            token_ids=(new.token_id,),
+            logprobs=() if new.logprobs is None else (new.logprobs,),
+            finish_reason=new.finish_reason,
+            stop_token_id=new.stop_token_id,
+            hop=hop,
+        )
+        self._outbox.put(job.body.router_id, item, now)
+        if new.finish_reason:
+            del self._jobs[sequence.seq_id]
+            return [*self._sender.cancel(sequence.seq_id, now)]
+        seq_id = sequence.seq_id
+        num_computed = sequence.num_computed
+        blocks = tuple(self._scheduler.take_blocks(sequence, owner_name(seq_id)))
+        return [
+            *self._sent(self._sender.computed(seq_id, blocks, num_computed, now), now),
+            *self._sent(self._sender.prefill_done(seq_id, (new.token_id,), now), now),
+        ]
+
+    def _step_raised(self, reason: str, now: float) -> list[object]:
+        instructions: list[object] = []
+        for sequence in self._scheduler.abandon_step():
+            job = self._jobs.pop(sequence.seq_id)
+            instructions += self._sender.cancel(sequence.seq_id, now)
+            instructions.append(_failed(job.body, "internal", reason, True, self._worker_id))
+        return instructions
+
+    # --- transfers and time -------------------------------------------------------------
+
+    def _sent(self, instructions: list[SendInstruction], now: float) -> list[object]:
+        """Pass a sender's instructions on, but settle the transfers that closed."""
+        passed: list[object] = []
+        for instruction in instructions:
+            if not isinstance(instruction, SendClosed):
+                passed.append(instruction)
+                continue
+            job = self._jobs.pop(instruction.transfer_id)
+            if instruction.error_code:
+                self._scheduler.drop(instruction.transfer_id)
+                passed.append(
+                    _failed(
+                        job.body,
+                        instruction.error_code,
+                        instruction.message,
+                        instruction.retryable,
+                        instruction.suspect,
+                        hop="transfer",
+                    )
+                )
+        return passed
+
+    def _tick(self, now: float) -> list[object]:
+        instructions: list[object] = [*self._sender.tick(now), *self._outbox.resend(now)]
+        gone = set(self._routers.expired(now))
+        for router_id in gone:
+            self._outbox.forget_router(router_id)
+        for seq_id, job in list(self._jobs.items()):
+            if job.body.router_id in gone:
+                instructions += self._drop(seq_id, now)
+            elif now > job.deadline_at:
+                instructions += self._drop(seq_id, now)
+                reason = "the deadline passed in the prefill worker"
+                instructions.append(_failed(job.body, "deadline_exceeded", reason, False))
+        return instructions
+
+    def report(self, facts: ShellFacts) -> LoadReport:
+        scheduler, counts = self._scheduler, self._scheduler.counts
+        return LoadReport(
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
+            role=ROLE,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_waiting_tokens=scheduler.num_waiting_tokens,
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            block_size=self._pool.block_size,
+            num_transfers=self._sender.num_open,
+            num_parked=self._sender.num_parked,
+            num_preemptions=counts.num_preemptions,
+            num_backpressured=counts.num_blocked,
+            kv_bytes_sent=facts.kv_bytes_sent,
+            kv_bytes_received=facts.kv_bytes_received,
+            kv_transport=facts.kv_transport,
+            num_leases=self._sender.num_open,
+            num_tasks=facts.num_tasks,
+            step_count=scheduler.num_steps,
+            draining=self._draining,
+            integrity_errors=tuple(self._check_integrity()),
+        )
+
+    def _check_integrity(self) -> list[str]:
+        """Run when nothing is open: then every block must be free."""
+        if self._jobs or self.has_step_in_flight:
+            return []
+        problems = self._scheduler.check_integrity()
+        if self._pool.owners:
+            problems.append(f"blocks left with {sorted(self._pool.owners)[:4]}")
+        return problems
+
+
+def _failed(
+    body: RequestBody, code: str, message: str, retryable: bool, suspect: str = "", hop: str = ROLE
+) -> ToRouter:
+    return ToRouter(
+        body.router_id,
+        RequestFailed(
+            body.request_id, body.attempt, code, message[:2_000], retryable, hop, suspect
+        ),
+    )

@@ -1,0 +1,117 @@
+"""The prefill worker as a service: executor, decider, shell and links put together."""
+
+from __future__ import annotations
+
+import asyncio
+
+import zmq.asyncio
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.executor import Executor
+from baton.engine.scheduler import Scheduler
+from baton.messaging.link import make_hello
+from baton.protocol.clock import Clock
+from baton.protocol.messages import AnyMessage, Hello, HelloReply, WorkerRef
+from baton.worker.events import ShellFacts
+from baton.worker.shell import WorkerShell
+from baton.worker.spec import WorkerSpec
+from kv_transfer.frames import FrameCut
+from kv_transfer.instructions import CancelPush, PushEnd, PushKv, ToDecode
+from kv_transfer.sender import Sender
+from kv_transfer.zeromq import TRANSPORT
+from prefill_worker.decider import ROLE, DecodeRefused, FromDecode, PrefillDecider
+from prefill_worker.links import DecodeLinks
+
+
+class PrefillService:
+    """``bind`` tells the address, ``run`` serves until cancelled."""
+
+    def __init__(
+        self, spec: WorkerSpec, incarnation: str, executor: Executor, clock: Clock
+    ) -> None:
+        self._spec = spec
+        self._incarnation = incarnation
+        self._executor = executor
+        self._clock = clock
+        engine = spec.pool.engine
+        pool = BlockPool(engine.num_blocks, engine.block_size)
+        scheduler = Scheduler(pool, engine, frozenset(executor.spec.eos_token_ids))
+        sender = Sender(pool, executor.layout, spec.kv_transfer)
+        self.decider = PrefillDecider(
+            spec.worker_id, incarnation, pool, scheduler, sender, executor.spec.vocab_size
+        )
+        self._context = zmq.asyncio.Context()
+        self._shell = WorkerShell(
+            self._context,
+            self.decider,
+            executor,
+            clock,
+            describe=self._describe,
+            perform=self._perform,
+            facts=self._facts,
+        )
+        self._links = DecodeLinks(
+            self._context,
+            make_hello(spec.worker_id, incarnation, ROLE),
+            executor.layout,
+            spec.kv_transfer.max_frame_bytes,
+            self._read_kv,
+            on_message=self._on_decode_message,
+            on_refused=self._on_decode_refused,
+        )
+
+    def bind(self) -> str:
+        """Raises ConfigError when the host cannot be bound."""
+        return self._shell.server.bind(self._spec.host)
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._links.run(), name="links")
+                group.create_task(self._shell.run(), name="shell")
+        finally:
+            self._context.destroy(linger=0)
+
+    def _describe(self, hello: Hello, version: int) -> HelloReply:
+        engine = self._spec.pool.engine
+        return HelloReply(
+            refusal="",
+            version=version,
+            worker_id=self._spec.worker_id,
+            incarnation=self._incarnation,
+            role=ROLE,
+            layout_fingerprint=self._executor.layout.fingerprint(),
+            capacity_tokens=engine.num_blocks * engine.block_size,
+        )
+
+    def _perform(self, instruction: object) -> None:
+        now = self._clock.now()
+        match instruction:
+            case ToDecode(decode, message):
+                self._links.send(decode, message, now)
+            case PushKv() | PushEnd():
+                self._links.push(instruction, now)
+            case CancelPush(transfer_id):
+                self._links.cancel_push(transfer_id)
+            case _:
+                raise AssertionError(f"unknown instruction {instruction!r}")
+
+    def _read_kv(self, block_table: tuple[int, ...], cut: FrameCut) -> memoryview:
+        return self._executor.read_kv(
+            block_table, cut.token_start, cut.num_tokens, cut.layer_start, cut.num_layers
+        )
+
+    def _on_decode_message(self, decode: WorkerRef, message: AnyMessage) -> None:
+        self._shell.feed(FromDecode(decode, message))
+
+    def _on_decode_refused(self, decode: WorkerRef, reason: str) -> None:
+        self._shell.feed(DecodeRefused(decode, reason))
+
+    def _facts(self) -> ShellFacts:
+        self._links.close_idle(self._clock.now())
+        return ShellFacts(
+            kv_bytes_sent=self._links.num_bytes,
+            kv_bytes_received=0,
+            kv_transport=TRANSPORT,
+            num_tasks=self._links.num_tasks,
+        )
