@@ -1,0 +1,61 @@
+"""Attention of one layer over paged KV: decode rows in padded groups, prompts tile by tile.
+
+Shapes: T rows, H query heads, K KV heads, G = H / K queries per KV head, L keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from baton.engine.kv_cache import KvCache
+from baton.engine.step_inputs import AttentionIndex, DecodeGroup, PrefillTile
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, index: AttentionIndex
+) -> Tensor:
+    """q: ``[T, H, D]``; k, v: ``[T, K, D]``, already in the cache. Returns ``[T, H * D]``.
+
+    All three have the cache's dtype: what a token reads is the same rounded value, whether it
+    comes from this step's rows or from the cache, so chunking does not change the numbers.
+    """
+    parts = [_decode(q, cache, layer, group) for group in index.decode]
+    parts += [_prefill(q, k, v, cache, layer, tile) for tile in index.prefill]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decode(q: Tensor, cache: KvCache, layer: int, group: DecodeGroup) -> Tensor:
+    """All rows of the group in one call; a KV head's G queries take the place of query rows."""
+    num_rows = group.num_rows
+    keys, values = cache.gather(layer, group.slots)
+    num_kv_heads, head_dim = keys.shape[1:]
+    queries = q[group.first_row : group.first_row + num_rows]
+    by_row = (num_rows, -1, num_kv_heads, head_dim)
+    out = scaled_dot_product_attention(
+        queries.view(num_rows, num_kv_heads, -1, head_dim),
+        keys.view(by_row).transpose(1, 2),
+        values.view(by_row).transpose(1, 2),
+        attn_mask=group.mask,
+    )
+    return out.reshape(num_rows, -1)
+
+
+def _prefill(
+    q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, tile: PrefillTile
+) -> Tensor:
+    rows = slice(tile.first_row, tile.first_row + tile.num_rows)
+    if tile.slots is None:
+        keys, values = k[rows], v[rows]
+    else:
+        keys, values = cache.gather(layer, tile.slots)
+    out = scaled_dot_product_attention(
+        q[rows].transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=tile.mask,
+        is_causal=tile.slots is None,
+        enable_gqa=q.shape[1] != keys.shape[1],
+    )
+    return out[0].transpose(0, 1).reshape(tile.num_rows, -1)

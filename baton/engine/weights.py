@@ -1,0 +1,112 @@
+"""Fill a model's parameters from safetensors files, one tensor at a time.
+
+Files are memory-mapped: beside the parameters themselves only the pages of the tensor being
+copied are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from baton.checkpoint.find import weight_files
+from baton.checkpoint.spec import ModelSpec
+from baton.engine.models.parameters import Parameters, allocate, destinations, per_head
+from baton.protocol.errors import ConfigError, UnsupportedModel
+
+Progress = Callable[[int, int], None]
+"""Called with (tensors filled so far, tensors in all), on the loading thread."""
+
+_LOADABLE = (torch.float32, torch.bfloat16, torch.float16)
+_DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+_SHOWN_NAMES = 5
+
+
+def load_parameters(
+    folder: Path,
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Parameters:
+    """Parameters converted to ``dtype`` on ``device``.
+
+    Raises ConfigError or UnsupportedModel that names the tensor and the file: one that is
+    missing, has another shape than config.json says, another kind of numbers, or no place.
+    """
+    parameters = allocate(spec, dtype, device)
+    wanted = destinations(spec, parameters)
+    repeated = per_head(spec, parameters)
+    total = len(wanted) + len(repeated)
+    filled: set[str] = set()
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    if name in repeated:
+                        _fill(path, name, file.get_tensor(name), repeated[name], rows=True)
+                    elif name in wanted:
+                        _fill(path, name, file.get_tensor(name), wanted[name], rows=False)
+                    elif _is_ignored(name, spec):
+                        continue
+                    else:
+                        _refuse(path, name, spec)
+                    filled.add(name)
+                    if progress is not None:
+                        progress(len(filled), total)
+        except (SafetensorError, OSError) as exc:
+            raise ConfigError(f"{path}: cannot be read as safetensors ({exc})") from exc
+    _check_complete(folder, (*wanted, *repeated), filled, spec)
+    return parameters
+
+
+def _fill(path: Path, name: str, source: Tensor, view: Tensor, *, rows: bool) -> None:
+    shape = view.shape[1:] if rows else view.shape
+    if source.shape != shape:
+        raise ConfigError(
+            f"{path}: {name} has shape {list(source.shape)}; config.json says {list(shape)}",
+            param=name,
+        )
+    if source.dtype not in _LOADABLE:
+        raise UnsupportedModel(
+            f"{path}: {name} holds {str(source.dtype).removeprefix('torch.')}; "
+            "supported: float32, bfloat16, float16",
+            param=name,
+        )
+    view.copy_(source)
+
+
+def _is_ignored(name: str, spec: ModelSpec) -> bool:
+    """Tensors some exporters write although they follow from others."""
+    tied_copy = spec.tie_word_embeddings and name == "lm_head.weight"
+    return tied_copy or name.endswith(_DERIVED_SUFFIXES)
+
+
+def _refuse(path: Path, name: str, spec: ModelSpec) -> None:
+    raise UnsupportedModel(
+        f"{path}: {name} has no place in a {spec.architecture} as config.json describes it; "
+        "supported: checkpoints of exactly the tensors that the config implies "
+        "(merge adapters into the weights first)",
+        param=name,
+    )
+
+
+def _check_complete(folder: Path, wanted: Iterable[str], filled: set[str], spec: ModelSpec) -> None:
+    missing = [name for name in wanted if name not in filled]
+    if not missing:
+        return
+    listed = ", ".join(missing[:_SHOWN_NAMES])
+    more = f" and {len(missing) - _SHOWN_NAMES} more" if len(missing) > _SHOWN_NAMES else ""
+    hint = ""
+    if missing == ["lm_head.weight"]:
+        hint = "; if the checkpoint shares it with the embedding, set tie_word_embeddings to true"
+    raise ConfigError(
+        f"model folder {folder}: the weights lack {listed}{more} of the "
+        f"{spec.num_layers}-layer {spec.architecture} in config.json{hint}",
+        param=missing[0],
+    )
