@@ -1,0 +1,210 @@
+"""What the SDK hands out: frozen values, times in the units that their names say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, TypedDict
+
+FinishReason = Literal["stop", "length"]
+
+
+class ChatMessage(TypedDict):
+    """``role`` is what the model's template knows, usually system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Options(TypedDict, total=False):
+    """How to generate. What is absent is the router's choice, named in parentheses."""
+
+    max_tokens: int
+    """Per choice (16; in a chat all the room that is left)."""
+    temperature: float
+    """0 is greedy (1)."""
+    top_p: float
+    """Share of probability mass kept, above 0, at most 1 (1)."""
+    top_k: int
+    """Number of most likely tokens kept, 0 for all (0)."""
+    seed: int
+    """Same seed, prompt and options: same tokens. Choice i draws with seed + i (random)."""
+    n: int
+    """Independent continuations (1)."""
+    stop: str | list[str] | tuple[str, ...]
+    """The text ends before the first of these."""
+    stop_token_ids: list[int] | tuple[int, ...]
+    """Generation ends after one of these."""
+    logprobs: int
+    """0: log-probabilities of the chosen tokens; k: also of the k best (none)."""
+    ignore_eos: bool
+    """Go on behind an end-of-sequence token (False)."""
+    skip_special_tokens: bool
+    """Leave special tokens out of the text (True)."""
+    priority: int
+    """Greater goes first among waiting requests (0)."""
+    request_id: str
+    """Idempotency key, also the name for ``abort`` (a fresh one)."""
+    model: str
+    """Checked against the name that the router serves (not checked)."""
+    timeout: float | None
+    """Seconds for the whole call, retries included (the client's)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    token_id: int
+    logprob: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms, of the distribution before temperature; ``top`` best first."""
+
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """``text`` is what this token alone adds; it may be empty inside a character."""
+
+    token_id: int
+    text: str
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One hop; ``start_ms`` counts from the request's arrival at the router."""
+
+    name: str
+    start_ms: float
+    duration_ms: float
+    attributes: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Where the time of a choice went; ``tpot_ms`` is None below two tokens."""
+
+    spans: tuple[Span, ...]
+    ttft_ms: float
+    tpot_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """News of one choice of a stream.
+
+    seq: position of the first of ``tokens`` in the completion, without gaps per choice.
+    text: to append. usage: of this choice so far.
+    finish_reason, stop_reason, timeline: with the last chunk of this choice. stop_reason
+      is the stop string or stop token id that was met, None for EOS or length.
+    """
+
+    request_id: str
+    index: int
+    seq: int
+    tokens: tuple[Token, ...]
+    text: str
+    usage: Usage
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    timeline: Timeline | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    index: int
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    timeline: Timeline | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request. ``usage`` counts the prompt once and all choices' tokens."""
+
+    request_id: str
+    choices: tuple[Choice, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """Of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Of the first choice."""
+        return self.choices[0].finish_reason
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """``max_model_len``: prompt plus completion, in tokens."""
+
+    name: str
+    architecture: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    created_unix_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """A worker's last report of itself, ``age_s`` seconds old; counters since its start."""
+
+    worker_id: str
+    incarnation: str
+    role: str
+    state: str
+    address: str
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_parked: int
+    num_preemptions: int
+    num_backpressured: int
+    kv_bytes_sent: int
+    kv_bytes_received: int
+    kv_transport: str
+    num_leases: int
+    num_tasks: int
+    integrity_errors: tuple[str, ...]
+    step_count: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """``num_queued`` requests have no first token yet, ``num_running`` have one."""
+
+    num_queued: int
+    num_running: int
+    workers: tuple[WorkerLoad, ...]
+
+
+class Health(StrEnum):
+    """NOT_SERVING: the router lives, and no pair of workers can take a request."""
+
+    SERVING = "serving"
+    NOT_SERVING = "not_serving"
