@@ -13,7 +13,6 @@ from baton.protocol.messages import (
     AnyMessage,
     Denied,
     Dispatch,
-    Drain,
     HopTimes,
     KvFrame,
     LeaseRenew,
@@ -96,7 +95,6 @@ class DecodeDecider:
         self._routers = RouterLeases()
         self._jobs: dict[str, _Job] = {}
         self._incoming_of: dict[str, RequestBody] = {}
-        self._draining = False
 
     @property
     def has_step_in_flight(self) -> bool:
@@ -142,8 +140,6 @@ class DecodeDecider:
                 self._outbox.ack(message)
             case RouterAlive():
                 self._routers.seen(sender_id, now)
-            case Drain():
-                self._draining = True
             case Reserve():
                 return self._reserve(peer_key, message, now)
             case LeaseRenew():
@@ -182,8 +178,8 @@ class DecodeDecider:
 
     def _refusal(self, body: RequestBody) -> tuple[str, str, bool]:
         """(code, message, retryable); the code is "" for a request that can run here."""
-        if self._draining or len(self._jobs) >= MAX_JOBS:
-            return "unavailable", "this worker takes nothing new", True
+        if len(self._jobs) >= MAX_JOBS:
+            return "overloaded", f"{MAX_JOBS} requests are open here", True
         # The last token drawn is never computed.
         kv_tokens = len(body.prompt_ids) + max(len(body.output_ids), body.sampling.max_tokens - 1)
         reason = refusal(body, kv_tokens, self._pool, self._vocab_size)
@@ -346,7 +342,6 @@ class DecodeDecider:
             num_leases=self._receiver.num_open,
             num_tasks=facts.num_tasks,
             step_count=scheduler.num_steps,
-            draining=self._draining,
             integrity_errors=tuple(self._check_integrity()),
         )
 
@@ -374,4 +369,3 @@ class DecodeDecider:
                 suspect,
             ),
         )
-

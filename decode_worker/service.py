@@ -11,9 +11,9 @@ from baton.engine.executor import Executor
 from baton.engine.scheduler import Scheduler
 from baton.protocol.clock import Clock
 from baton.protocol.messages import Hello, HelloReply, KvFrame, TransferEnd
+from baton.protocol.spec import WorkerSpec
 from baton.worker.events import ShellFacts
 from baton.worker.shell import WorkerShell
-from baton.worker.spec import WorkerSpec
 from decode_worker.decider import DecodeDecider, EndArrived, FrameArrived
 from kv_transfer.instructions import ToPrefill, WriteKv
 from kv_transfer.receiver import Receiver

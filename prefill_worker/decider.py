@@ -13,7 +13,6 @@ from baton.protocol.messages import (
     AnyMessage,
     Denied,
     Dispatch,
-    Drain,
     Granted,
     HopTimes,
     LoadReport,
@@ -93,7 +92,6 @@ class PrefillDecider:
         self._routers = RouterLeases()
         self._jobs: dict[str, _Job] = {}
         self._plan: StepPlan | None = None
-        self._draining = False
 
     @property
     def has_step_in_flight(self) -> bool:
@@ -135,8 +133,6 @@ class PrefillDecider:
                 self._outbox.ack(message)
             case RouterAlive():
                 self._routers.seen(sender_id, now)
-            case Drain():
-                self._draining = True
         return []
 
     def _from_decode(self, decode: WorkerRef, message: AnyMessage, now: float) -> list[object]:
@@ -156,8 +152,8 @@ class PrefillDecider:
         seq_id = transfer_id(RequestId(body.request_id), body.attempt)
         if seq_id in self._jobs or self._scheduler.get(seq_id) is not None:
             return []
-        if self._draining or len(self._jobs) >= MAX_JOBS:
-            return [_failed(body, "unavailable", "this worker takes nothing new", True)]
+        if len(self._jobs) >= MAX_JOBS:
+            return [_failed(body, "overloaded", f"{MAX_JOBS} requests are open here", True)]
         if decode is None:
             return [_failed(body, "internal", "a prefill worker needs a decode worker", False)]
         kv_tokens = len(body.prompt_ids) + len(body.output_ids)
@@ -314,7 +310,6 @@ class PrefillDecider:
             num_leases=self._sender.num_open,
             num_tasks=facts.num_tasks,
             step_count=scheduler.num_steps,
-            draining=self._draining,
             integrity_errors=tuple(self._check_integrity()),
         )
 

@@ -12,9 +12,9 @@ from baton.engine.scheduler import Scheduler
 from baton.messaging.link import make_hello
 from baton.protocol.clock import Clock
 from baton.protocol.messages import AnyMessage, Hello, HelloReply, WorkerRef
+from baton.protocol.spec import WorkerSpec
 from baton.worker.events import ShellFacts
 from baton.worker.shell import WorkerShell
-from baton.worker.spec import WorkerSpec
 from kv_transfer.frames import FrameCut
 from kv_transfer.instructions import CancelPush, PushEnd, PushKv, ToDecode
 from kv_transfer.sender import Sender

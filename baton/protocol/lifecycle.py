@@ -144,7 +144,6 @@ class MemberState(StrEnum):
 
     JOINING = "joining"
     UP = "up"
-    DRAINING = "draining"
     DOWN = "down"
     REFUSED = "refused"
 
@@ -153,7 +152,6 @@ class MemberEvent(StrEnum):
     ACCEPTED = "accepted"
     REFUSED = "refused"
     REPORT = "report"
-    DRAIN = "drain"
     LOST = "lost"
 
 
@@ -161,8 +159,7 @@ _M, _N = MemberState, MemberEvent
 
 MEMBER_TRANSITIONS: Mapping[MemberState, Mapping[MemberEvent, MemberState]] = {
     _M.JOINING: {_N.ACCEPTED: _M.UP, _N.REFUSED: _M.REFUSED, _N.LOST: _M.DOWN},
-    _M.UP: {_N.REPORT: _M.UP, _N.DRAIN: _M.DRAINING, _N.LOST: _M.DOWN},
-    _M.DRAINING: {_N.REPORT: _M.DRAINING, _N.DRAIN: _M.DRAINING, _N.LOST: _M.DOWN},
+    _M.UP: {_N.REPORT: _M.UP, _N.LOST: _M.DOWN},
     _M.DOWN: {},
     _M.REFUSED: {},
 }

@@ -192,12 +192,7 @@ class LoadReport(Message, frozen=True):
     num_leases: Count
     num_tasks: Count
     step_count: Count
-    draining: bool
     integrity_errors: tuple[Text, ...] = ()
-
-
-class Drain(Message, frozen=True):
-    """Router to worker: take nothing new."""
 
 
 class Reserve(Message, frozen=True):
@@ -293,7 +288,6 @@ AnyMessage = (
     | RequestFailed
     | RouterAlive
     | LoadReport
-    | Drain
     | Reserve
     | Granted
     | Denied

@@ -1,10 +1,10 @@
-"""What it takes to start one worker, as data that a launcher can pass to another process."""
+"""What it takes to start one process of a cluster, as data that a launcher passes on."""
 
 from __future__ import annotations
 
 import msgspec
 
-from baton.protocol.config import KvTransferConfig, ModelConfig, PoolConfig
+from baton.protocol.config import KvTransferConfig, ModelConfig, PoolConfig, RouterConfig
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,4 +24,19 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: str
     role: str
     address: str
+    pid: int
+
+
+class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    router_id: str
+    model: ModelConfig
+    config: RouterConfig
+
+
+class RouterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Addresses are ``host:port``, with the ports that were really bound."""
+
+    router_id: str
+    grpc_address: str
+    http_address: str
     pid: int
