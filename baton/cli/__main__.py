@@ -1,0 +1,3 @@
+from baton.cli.root import main
+
+main()
