@@ -51,4 +51,5 @@ def uniforms(seeds: npt.ArrayLike, positions: npt.ArrayLike) -> npt.NDArray[np.f
     words = philox4x32(counter, key)
     high = (words[0] >> np.uint64(5)) << np.uint64(26)
     bits = high | (words[1] >> np.uint64(6))
-    return np.ldexp(bits.astype(np.float64), -53)
+    scaled: npt.NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
+    return scaled

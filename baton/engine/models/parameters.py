@@ -100,7 +100,7 @@ def per_head(spec: ModelSpec, parameters: Parameters) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for number, layer in enumerate(parameters.layers):
         if layer.qk_norm is not None:
-            q, k = torch.split(layer.qk_norm, (spec.num_heads, spec.num_kv_heads))
+            q, k = torch.split(layer.qk_norm, [spec.num_heads, spec.num_kv_heads])
             named[f"model.layers.{number}.self_attn.q_norm.weight"] = q
             named[f"model.layers.{number}.self_attn.k_norm.weight"] = k
     return named
