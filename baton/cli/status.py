@@ -48,9 +48,11 @@ def command(as_json: bool, watch: float | None, address: str) -> None:
 
 
 def _watch(client: Client, model: ModelInfo, interval_s: float, console: Console) -> None:
-    never = threading.Event()
-    with Live(console=console, auto_refresh=False, screen=False) as live:
-        while not never.wait(interval_s if live.is_started and live.renderable else 0):
+    """Until Ctrl-C. Raises when the router stops answering."""
+    until_interrupted = threading.Event()
+    view = _view(client.address, client.health(), model, client.loads())
+    with Live(view, console=console, auto_refresh=False) as live:
+        while not until_interrupted.wait(interval_s):
             view = _view(client.address, client.health(), model, client.loads())
             live.update(view, refresh=True)
 
