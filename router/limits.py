@@ -11,6 +11,14 @@ MAX_BODY_BYTES = 1 * 2**20
 
 MAX_JSON_DEPTH = 16
 MAX_JSON_KEYS = 5_000
+MAX_JSON_CONTAINERS = 5_000
+"""Lists and objects together."""
+
+MAX_DISCARDED_BYTES = 16 * 2**20
+"""Read and dropped of a body over its cap, so that the client gets to see the answer."""
+
+BODY_TIMEOUT_S = 30.0
+MAX_CONNECTIONS = 4_096
 
 MAX_MESSAGES = 1_024
 MAX_ROLE_CHARS = 32

@@ -86,6 +86,14 @@ class Tokenizer:
         text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_text(self, token_id: int) -> str:
+        """What the token adds inside a text, special tokens spelled out.
+
+        Decoded behind itself, because decoders may drop the space before a first word.
+        """
+        alone = self.decode([token_id], skip_special_tokens=False)
+        return self.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :]
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 

@@ -1,0 +1,70 @@
+"""Log-probabilities in the two shapes of the OpenAI interface.
+
+A token that is no text of its own (a part of a UTF-8 character) is written as
+``token_id:<id>``, so that entries of one position never fall together, and has no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from router.frontend import Token
+from router.openai_types import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    LogprobEntry,
+    TopLogprobEntry,
+)
+from router.tokenizer import Tokenizer
+
+
+def completion_logprobs(
+    tokens: Sequence[Token], tokenizer: Tokenizer, first_char: int, *, with_top: bool
+) -> CompletionLogprobs:
+    """``first_char``: characters of the completion before ``tokens``."""
+    offsets, offset = [], first_char
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    top = [
+        {}
+        if token.logprobs is None
+        else {label(tokenizer, best.token_id): best.logprob for best in token.logprobs.top}
+        for token in tokens
+    ]
+    return CompletionLogprobs(
+        tokens=[label(tokenizer, token.token_id) for token in tokens],
+        token_logprobs=[_logprob(token) for token in tokens],
+        top_logprobs=top if with_top else None,
+        text_offset=offsets,
+    )
+
+
+def chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> ChatLogprobs:
+    entries = []
+    for token in tokens:
+        text = label(tokenizer, token.token_id)
+        top = []
+        for best in token.logprobs.top if token.logprobs is not None else ():
+            best_text = label(tokenizer, best.token_id)
+            top.append(TopLogprobEntry(best_text, best.logprob, _bytes(best_text, best.token_id)))
+        entries.append(LogprobEntry(text, _logprob(token), _bytes(text, token.token_id), top))
+    return ChatLogprobs(entries)
+
+
+def label(tokenizer: Tokenizer, token_id: int) -> str:
+    text = tokenizer.token_text(token_id)
+    return _id_label(token_id) if not text or "\ufffd" in text else text
+
+
+def _id_label(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
+def _bytes(text: str, token_id: int) -> list[int] | None:
+    return None if text == _id_label(token_id) else list(text.encode())
+
+
+def _logprob(token: Token) -> float:
+    assert token.logprobs is not None, "the request asked for log-probabilities"
+    return token.logprobs.logprob
