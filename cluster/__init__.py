@@ -1,0 +1,1 @@
+"""The top of the house: the YAML, launching processes, assembling instances. Touches no tensor."""

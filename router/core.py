@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 
@@ -63,6 +64,7 @@ class RouterCore:
         self._links: dict[str, tuple[Link, asyncio.Task[None]]] = {}
         self._mailboxes: dict[str, Mailbox] = {}
         self._group: asyncio.TaskGroup | None = None
+        self._drained: asyncio.Event | None = None
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -106,18 +108,20 @@ class RouterCore:
 
     # --- lifecycle ----------------------------------------------------------------------
 
-    @property
-    def num_open(self) -> int:
-        return self._decider.num_open
-
     def announce(self, info: WorkerInfo) -> None:
         self.feed(Announced(info))
 
     def worker_gone(self, worker_id: str, incarnation: str) -> None:
         self.feed(Gone(worker_id, incarnation))
 
-    def drain(self) -> None:
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing new; returns when all is finished or the time is up."""
         self.feed(DrainAll())
+        if self._decider.num_open == 0:
+            return
+        self._drained = asyncio.Event()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._drained.wait(), timeout_s)
 
     # --- the shell ----------------------------------------------------------------------
 
@@ -143,6 +147,9 @@ class RouterCore:
                     self._connect(info)
                 case Disconnect(worker_id):
                     self._disconnect(worker_id)
+
+        if self._drained is not None and self._decider.num_open == 0:
+            self._drained.set()
 
     def _connect(self, info: WorkerInfo) -> None:
         assert self._group is not None, "run comes first"

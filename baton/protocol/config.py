@@ -111,9 +111,16 @@ class RouterConfig(_Section, frozen=True):
     drain_timeout_s: PositiveFloat = 30.0
 
 
+class NetworkConfig(_Section, frozen=True):
+    worker_host: str = "127.0.0.1"
+    """Where workers listen for routers and each other. "node" is each Ray node's own address:
+    use it on a network that you trust, for messages and KV are not encrypted yet."""
+
+
 class ClusterConfig(_Section, frozen=True):
     version: Literal[1]
     model: ModelConfig
     pools: Annotated[tuple[PoolConfig, ...], Meta(min_length=1, max_length=64)]
     kv_transfer: KvTransferConfig = KvTransferConfig()
     router: RouterConfig = RouterConfig()
+    network: NetworkConfig = NetworkConfig()

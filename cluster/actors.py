@@ -1,0 +1,67 @@
+"""The classes that become Ray actors: a few lines around a service, each in its own process.
+
+Specs and infos cross as JSON bytes. Nothing on the request path goes through here.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import ray
+
+from baton.protocol.spec import RouterSpec, WorkerInfo, WorkerSpec
+from cluster.instance import WorkerInstance
+from router.service import RouterService
+
+NODE_HOST = "node"
+
+
+def _on_this_node(host: str) -> str:
+    return ray.util.get_node_ip_address() if host == NODE_HOST else host
+
+
+class WorkerActor:
+    def __init__(self, spec: bytes) -> None:
+        parsed = msgspec.json.decode(spec, type=WorkerSpec)
+        host = _on_this_node(parsed.host)
+        self._instance = WorkerInstance(msgspec.structs.replace(parsed, host=host))
+
+    async def start(self) -> bytes:
+        return msgspec.json.encode(await self._instance.start())
+
+    async def wait(self) -> None:
+        await self._instance.wait()
+
+    async def stop(self) -> None:
+        await self._instance.stop()
+
+
+class RouterActor:
+    def __init__(self, spec: bytes) -> None:
+        self._spec = msgspec.json.decode(spec, type=RouterSpec)
+        self._service: RouterService | None = None
+
+    async def start(self) -> bytes:
+        self._service = RouterService(self._spec)
+        return msgspec.json.encode(await self._service.start())
+
+    async def announce(self, info: bytes) -> None:
+        self._running.announce(msgspec.json.decode(info, type=WorkerInfo))
+
+    async def worker_gone(self, worker_id: str, incarnation: str) -> None:
+        self._running.worker_gone(worker_id, incarnation)
+
+    async def down_workers(self) -> list[tuple[str, str]]:
+        workers = self._running.loads().workers
+        return [(w.worker_id, w.incarnation) for w in workers if w.state == "down"]
+
+    async def wait(self) -> None:
+        await self._running.wait()
+
+    async def stop(self, drain_s: float) -> None:
+        if self._service is not None:
+            await self._service.stop(drain_s)
+
+    @property
+    def _running(self) -> RouterService:
+        assert self._service is not None, "start comes first"
+        return self._service

@@ -1,0 +1,196 @@
+"""Workers and routers as Ray actors, placed by one placement group per pool.
+
+Either a local Ray of our own (started and ended with this launcher), or a cluster that
+``ray up`` brought up, joined by its address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+import msgspec
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from baton.protocol.config import ClusterConfig, PoolConfig
+from baton.protocol.errors import BatonError, InternalError, Unavailable
+from baton.protocol.spec import RouterInfo, RouterSpec, WorkerInfo, WorkerSpec
+from cluster.actors import RouterActor, WorkerActor
+
+STOP_TIMEOUT_S = 5.0
+PLACEMENT_TIMEOUT_S = 60.0
+ROUTER_CPUS = 0.1
+
+
+def bundle(pool: PoolConfig) -> dict[str, float]:
+    """What one replica of a pool reserves of a Ray node."""
+    gpus = {"GPU": 1.0} if pool.placement.device == "cuda" else {}
+    return {"CPU": pool.placement.cpus, **gpus, **pool.placement.resources}
+
+
+class RayWorker:
+    def __init__(self, actor: Any, info: WorkerInfo) -> None:
+        self._actor = actor
+        self.info = info
+
+    async def wait(self) -> str:
+        return await _until_dead(self._actor)
+
+    async def stop(self) -> None:
+        await _stop(self._actor)
+
+
+class RayRouter:
+    def __init__(self, actor: Any, info: RouterInfo) -> None:
+        self._actor = actor
+        self.info = info
+
+    async def announce(self, info: WorkerInfo) -> None:
+        await self._actor.announce.remote(msgspec.json.encode(info))
+
+    async def worker_gone(self, worker_id: str, incarnation: str) -> None:
+        await self._actor.worker_gone.remote(worker_id, incarnation)
+
+    async def down_workers(self) -> list[tuple[str, str]]:
+        down: list[tuple[str, str]] = await self._actor.down_workers.remote()
+        return down
+
+    async def wait(self) -> str:
+        return await _until_dead(self._actor)
+
+    async def stop(self, drain_s: float) -> None:
+        await _stop(self._actor, drain_s)
+
+
+class RayLauncher:
+    """address: None starts a Ray of our own on this machine, "auto" joins the one here."""
+
+    def __init__(self, config: ClusterConfig, address: str | None = None) -> None:
+        self._config = config
+        self._address = address
+        self._groups: dict[str, PlacementGroup] = {}
+        self._next_bundle: dict[str, int] = {}
+        self._bundle_of: dict[str, int] = {}
+        self._actors: list[Any] = []
+
+    async def __aenter__(self) -> RayLauncher:
+        await asyncio.to_thread(self._join)
+        try:
+            for pool in self._config.pools:
+                await self._reserve(pool)
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    def _join(self) -> None:
+        try:
+            if self._address is None:
+                cpus = sum(p.num_replicas * p.placement.cpus for p in self._config.pools)
+                ray.init(
+                    address="local",
+                    num_cpus=int(cpus + ROUTER_CPUS) + 1,
+                    include_dashboard=False,
+                    configure_logging=True,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
+            else:
+                ray.init(address=self._address, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as exc:
+            where = self._address or "on this machine"
+            raise Unavailable(f"cannot start or join Ray ({where}): {exc}", hop="ray") from exc
+
+    async def _reserve(self, pool: PoolConfig) -> None:
+        bundles = [bundle(pool)] * pool.num_replicas
+        group = placement_group(bundles, strategy=pool.placement.strategy, name="")
+        self._groups[pool.name] = group
+        if not await asyncio.to_thread(group.wait, PLACEMENT_TIMEOUT_S):
+            raise Unavailable(
+                f"Ray found no room for pool {pool.name!r}: {pool.num_replicas} x "
+                f"{bundles[0]} ({pool.placement.strategy}) within {PLACEMENT_TIMEOUT_S:.0f} s; "
+                f"the cluster has {_cluster_resources()}",
+                hop="ray",
+            )
+
+    async def __aexit__(self, *exc: object) -> None:
+        for actor in self._actors:
+            await _stop(actor)
+        for group in self._groups.values():
+            remove_placement_group(group)
+        await asyncio.to_thread(ray.shutdown)
+
+    async def start_worker(self, spec: WorkerSpec) -> RayWorker:
+        pool = spec.pool
+        index = self._bundle_of.get(spec.worker_id)
+        if index is None:
+            index = self._bundle_of[spec.worker_id] = self._next_bundle.get(pool.name, 0)
+            self._next_bundle[pool.name] = index + 1
+        reserved = bundle(pool)
+        actor = (
+            _remote(WorkerActor)
+            .options(
+                max_concurrency=16,
+                num_cpus=reserved.pop("CPU"),
+                num_gpus=reserved.pop("GPU", 0.0),
+                resources=reserved,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._groups[pool.name], placement_group_bundle_index=index
+                ),
+            )
+            .remote(msgspec.json.encode(spec))
+        )
+        info = await self._started(actor, spec.worker_id)
+        return RayWorker(actor, msgspec.json.decode(info, type=WorkerInfo))
+
+    async def start_router(self, spec: RouterSpec) -> RayRouter:
+        actor = (
+            _remote(RouterActor)
+            .options(num_cpus=ROUTER_CPUS, max_concurrency=64)
+            .remote(msgspec.json.encode(spec))
+        )
+        info = await self._started(actor, spec.router_id)
+        return RayRouter(actor, msgspec.json.decode(info, type=RouterInfo))
+
+    async def _started(self, actor: Any, name: str) -> bytes:
+        self._actors.append(actor)
+        try:
+            info: bytes = await actor.start.remote()
+        except RayTaskError as exc:
+            if isinstance(exc.cause, BatonError):
+                raise exc.cause from exc
+            raise InternalError(f"{name} did not start: {exc}", hop=name) from exc
+        except RayActorError as exc:
+            raise Unavailable(f"{name} died while it started: {exc}", hop=name) from exc
+        return info
+
+
+def _cluster_resources() -> dict[str, float]:
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def _remote(cls: type) -> Any:
+    """Ray's own types do not know the options of actors."""
+    return ray.remote(cls)
+
+
+async def _until_dead(actor: Any) -> str:
+    try:
+        await actor.wait.remote()
+    except RayActorError:
+        return "its process died"
+    except RayTaskError as exc:
+        return f"it raised {exc}"
+    return "it was stopped"
+
+
+async def _stop(actor: Any, *args: float) -> None:
+    with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
+        async with asyncio.timeout(sum(args) + STOP_TIMEOUT_S):
+            await actor.stop.remote(*args)
+    ray.kill(actor)
