@@ -68,7 +68,7 @@ lock: venv ## write the lock files from pyproject.toml (ARGS=--upgrade takes new
 	@$(BIN)/python tools/lock.py $(ARGS)
 
 train-tiny: venv ## train a checkpoint like baton-tiny from this Python's standard library
-	@$(BIN)/python tools/train_tiny.py --out $(TRAIN_OUT) $(ARGS)
+	@$(BIN)/python -m tools.train_tiny --out $(TRAIN_OUT) $(ARGS)
 
 wheels: venv ## build the baton-serve and baton-client wheels into dist/
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist .
