@@ -237,6 +237,12 @@ class AsyncStream(AsyncIterator[Chunk]):
     ) -> None:
         self.cancel()
 
+    def __del__(self) -> None:
+        """Abandoned, as by ``break`` without ``async with``: gRPC would notice only when the
+        garbage collector finds its cycles."""
+        if hasattr(self, "_run"):
+            self._run.cancel()
+
     async def _wait(self, delay_s: float) -> None:
         """Until the next try is due or the stream is cancelled."""
         try:
