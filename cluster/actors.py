@@ -16,7 +16,10 @@ NODE_HOST = "node"
 
 
 def _on_this_node(host: str) -> str:
-    return ray.util.get_node_ip_address() if host == NODE_HOST else host
+    if host != NODE_HOST:
+        return host
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 class WorkerActor:
@@ -50,9 +53,8 @@ class RouterActor:
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
         self._running.worker_gone(worker_id, incarnation)
 
-    async def down_workers(self) -> list[tuple[str, str]]:
-        workers = self._running.loads().workers
-        return [(w.worker_id, w.incarnation) for w in workers if w.state == "down"]
+    async def status(self) -> bytes:
+        return msgspec.json.encode(self._running.status())
 
     async def wait(self) -> None:
         await self._running.wait()

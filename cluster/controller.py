@@ -14,6 +14,8 @@ from cluster.launcher import Launcher, RouterHandle, WorkerHandle
 log = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 1.0
+READY_POLL_S = 0.05
+READY_TIMEOUT_S = 30.0
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 10.0
 
@@ -67,6 +69,10 @@ class Controller:
         assert self._router is not None
         for handle in self._workers.values():
             await self._router.announce(handle.info)
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            while reason := (await self._router.status()).not_ready:
+                log.debug("not ready yet: %s", reason)
+                await asyncio.sleep(READY_POLL_S)
 
     async def _start_router(self) -> None:
         spec = RouterSpec(
@@ -122,7 +128,7 @@ class Controller:
         assert self._router is not None
         while True:
             await asyncio.sleep(WATCH_PERIOD_S)
-            for worker_id, incarnation in await self._router.down_workers():
+            for worker_id, incarnation in (await self._router.status()).down:
                 handle = self._workers.get(worker_id)
                 if handle is not None and handle.info.incarnation == incarnation:
                     log.warning("%s is lost to the router; ending it", worker_id)

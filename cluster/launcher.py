@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from baton.protocol.spec import RouterInfo, RouterSpec, WorkerInfo, WorkerSpec
+from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo, WorkerSpec
 
 
 class WorkerHandle(Protocol):
@@ -30,9 +30,7 @@ class RouterHandle(Protocol):
 
     async def worker_gone(self, worker_id: str, incarnation: str) -> None: ...
 
-    async def down_workers(self) -> list[tuple[str, str]]:
-        """(worker id, incarnation) of members that the router counts as lost."""
-        ...
+    async def status(self) -> RouterStatus: ...
 
     async def wait(self) -> str: ...
 

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from baton.protocol.errors import BatonError
-from baton.protocol.spec import RouterInfo, RouterSpec, WorkerInfo, WorkerSpec
+from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo, WorkerSpec
 
 
 class Reply(msgspec.Struct, kw_only=True):
@@ -25,7 +25,7 @@ class Reply(msgspec.Struct, kw_only=True):
     error: tuple[str, str] | None = None
     worker: WorkerInfo | None = None
     router: RouterInfo | None = None
-    down: list[tuple[str, str]] = []
+    status: RouterStatus | None = None
 
 
 class Command(msgspec.Struct, kw_only=True):
@@ -33,7 +33,7 @@ class Command(msgspec.Struct, kw_only=True):
 
     announce: WorkerInfo | None = None
     gone: tuple[str, str] | None = None
-    down: bool = False
+    status: bool = False
     stop_drain_s: float | None = None
 
 
@@ -88,8 +88,7 @@ async def run_router(stdin: asyncio.StreamReader) -> None:
             service.worker_gone(*command.gone)
         if command.stop_drain_s is not None:
             drain_s = command.stop_drain_s
-        down = [(w.worker_id, w.incarnation) for w in service.loads().workers if w.state == "down"]
-        return Reply(down=down if command.down else [])
+        return Reply(status=service.status() if command.status else None)
 
     await _until_stopped(_read_commands(stdin, obey), service.wait())
     await service.stop(drain_s)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import msgspec
 
 from baton.protocol.errors import InternalError, Unavailable, from_code
-from baton.protocol.spec import RouterInfo, RouterSpec, WorkerInfo, WorkerSpec
+from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo, WorkerSpec
 from cluster.process import Command, Reply
 
 STOP_TIMEOUT_S = 5.0
@@ -95,8 +95,10 @@ class ProcessRouter:
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
         await self._child.command(Command(gone=(worker_id, incarnation)))
 
-    async def down_workers(self) -> list[tuple[str, str]]:
-        return (await self._child.command(Command(down=True))).down
+    async def status(self) -> RouterStatus:
+        status = (await self._child.command(Command(status=True))).status
+        assert status is not None
+        return status
 
     async def wait(self) -> str:
         return await self._child.wait()

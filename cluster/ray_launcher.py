@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from baton.protocol.config import ClusterConfig, PoolConfig
 from baton.protocol.errors import BatonError, InternalError, Unavailable
-from baton.protocol.spec import RouterInfo, RouterSpec, WorkerInfo, WorkerSpec
+from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo, WorkerSpec
 from cluster.actors import RouterActor, WorkerActor
 
 STOP_TIMEOUT_S = 5.0
@@ -56,9 +56,8 @@ class RayRouter:
     async def worker_gone(self, worker_id: str, incarnation: str) -> None:
         await self._actor.worker_gone.remote(worker_id, incarnation)
 
-    async def down_workers(self) -> list[tuple[str, str]]:
-        down: list[tuple[str, str]] = await self._actor.down_workers.remote()
-        return down
+    async def status(self) -> RouterStatus:
+        return msgspec.json.decode(await self._actor.status.remote(), type=RouterStatus)
 
     async def wait(self) -> str:
         return await _until_dead(self._actor)
@@ -123,7 +122,7 @@ class RayLauncher:
             await _stop(actor)
         for group in self._groups.values():
             remove_placement_group(group)
-        await asyncio.to_thread(ray.shutdown)
+        ray.shutdown()
 
     async def start_worker(self, spec: WorkerSpec) -> RayWorker:
         pool = spec.pool

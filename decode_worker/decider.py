@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from baton.engine.block_pool import BlockPool
 from baton.engine.scheduler import NewToken, Scheduler, Sequence
 from baton.protocol.config import EngineConfig
@@ -62,13 +64,13 @@ class EndArrived:
 
 @dataclass(slots=True)
 class _Job:
-    """A request that this worker decodes. ``hop`` is told once, with the next token."""
+    """A request that this worker decodes. ``arrived`` tells of its hand-over, once."""
 
     body: RequestBody
     arrived_at: float
     deadline_at: float
     started_at: float | None = None
-    hop: HopTimes | None = None
+    arrived: HopTimes | None = None
 
 
 class DecodeDecider:
@@ -224,7 +226,7 @@ class DecodeDecider:
         body = self._incoming_of.pop(arrived.transfer_id)
         outputs = [*body.output_ids, *arrived.token_ids]
         job = _Job(body, now, now + body.deadline_in_s, started_at=now)
-        job.hop = HopTimes(
+        job.arrived = HopTimes(
             reserve_wait_s=arrived.reserve_wait_s,
             transfer_s=arrived.transfer_s,
             transfer_bytes=arrived.num_bytes,
@@ -266,15 +268,19 @@ class DecodeDecider:
         sequence = new.sequence
         job = self._jobs[sequence.seq_id]
         assert job.started_at is not None
-        if len(sequence.output_ids) == len(job.body.output_ids) + 1:
-            job.hop = HopTimes(
+        hop = None
+        if job.arrived is not None:
+            first_step_s = now - job.started_at
+            hop = msgspec.structs.replace(job.arrived, first_step_s=first_step_s)
+            job.arrived = None
+        elif len(sequence.output_ids) == len(job.body.output_ids) + 1:
+            hop = HopTimes(
                 queued_s=job.started_at - job.arrived_at,
                 prefill_s=now - job.started_at,
                 num_chunks=sequence.num_chunks,
             )
-        hop, job.hop = job.hop, None
         if new.finish_reason and sequence.num_preemptions:
-            hop = HopTimes(preemptions=sequence.num_preemptions)
+            hop = msgspec.structs.replace(hop or HopTimes(), preemptions=sequence.num_preemptions)
         item = TokenItem(
             request_id=job.body.request_id,
             attempt=job.body.attempt,

@@ -45,6 +45,7 @@ class _Incoming:
     renewed_at: float
     coverage: Coverage
     granted_at: float = 0.0
+    first_frame_at: float | None = None
     epoch: int = 0
     blocks: tuple[int, ...] = ()
 
@@ -169,6 +170,8 @@ class Receiver:
         except WireError as exc:
             return self._corrupt(frame.transfer_id, incoming, str(exc), now)
         incoming.machine.move(ReceiveEvent.FRAME, now)
+        if incoming.first_frame_at is None:
+            incoming.first_frame_at = now
         incoming.coverage.add(frame)
         return [WriteKv(frame, incoming.blocks)]
 
@@ -204,7 +207,7 @@ class Receiver:
                 end.token_ids,
                 incoming.blocks,
                 reserve_wait_s=incoming.granted_at - incoming.asked_at,
-                transfer_s=now - incoming.granted_at,
+                transfer_s=now - (incoming.first_frame_at or now),
                 num_bytes=coverage.num_bytes,
                 num_frames=coverage.num_frames,
             ),

@@ -12,6 +12,7 @@ import logging
 import zlib
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -94,7 +95,7 @@ class KvPusher:
     async def _push(self, job: PushKv) -> None:
         cuts = cut_frames(self._layout, job.token_start, job.num_tokens, self._max_frame_bytes)
         for index, cut in enumerate(cuts, job.first_index):
-            await self._socket.poll(None, zmq.POLLOUT)
+            await _writable(self._socket)
             if self._cancelled_current == job.transfer_id:
                 return
             # Read only now: up to here the blocks may have changed hands, from here on the
@@ -163,6 +164,12 @@ class KvPuller:
             self.num_dropped += 1
             if self.num_dropped & (self.num_dropped - 1) == 0:
                 log.warning("dropped KV: %s (%d so far)", exc, self.num_dropped)
+
+
+async def _writable(socket: zmq.asyncio.Socket) -> None:
+    """The stubs of pyzmq do not know that an asyncio socket's poll takes flags."""
+    poll: Any = socket.poll
+    await poll(flags=zmq.POLLOUT)
 
 
 def _transfer_of(job: PushKv | PushEnd) -> str:

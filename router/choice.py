@@ -27,6 +27,7 @@ class Times:
     last_token_at: float | None = None
     prefill: HopTimes | None = None
     transfer: HopTimes | None = None
+    transfer_end_at: float = 0.0
     preemptions: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
@@ -128,7 +129,7 @@ class Choice:
         """Book the next tokens: state, times, text. The output may finish the choice."""
         first_seq = self.next_seq
         self._advance(from_prefill, now)
-        self._note(item.hop, from_prefill)
+        self._note(item.hop, from_prefill, now)
         ends_on_token = item.finish_reason == "stop"
         shown = item.token_ids[:-1] if ends_on_token else item.token_ids
         pushed = self.detokenizer.push(shown)
@@ -179,12 +180,13 @@ class Choice:
             self.times.first_token_at = now
         self.times.last_token_at = now
 
-    def _note(self, hop: HopTimes | None, from_prefill: bool) -> None:
+    def _note(self, hop: HopTimes | None, from_prefill: bool, now: float) -> None:
         if hop is None:
             return
         self.times.preemptions += hop.preemptions
         if hop.transfer_frames:
             self.times.transfer = hop
+            self.times.transfer_end_at = now - hop.first_step_s
         elif hop.num_chunks and (from_prefill or self.times.prefill is None):
             self.times.prefill = hop
 
@@ -216,8 +218,8 @@ class Choice:
         decode_start_ms = ttft_ms
         if times.transfer is not None:
             transfer = times.transfer
-            start_ms = queued_ms + transfer.reserve_wait_s * 1e3
-            decode_start_ms = start_ms + transfer.transfer_s * 1e3
+            decode_start_ms = (times.transfer_end_at - times.arrived_at) * 1e3
+            start_ms = decode_start_ms - transfer.transfer_s * 1e3
             spans.append(
                 Span(
                     "transfer",

@@ -14,12 +14,12 @@ from baton.protocol.clock import MonotonicClock
 from baton.protocol.config import ModelConfig
 from baton.protocol.errors import ConfigError
 from baton.protocol.ids import new_incarnation
-from baton.protocol.spec import RouterInfo, RouterSpec, WorkerInfo
+from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo
 from router.chat_template import ChatTemplate
 from router.core import RouterCore
 from router.decider import RouterDecider
 from router.detokenizer import Detokenizer
-from router.frontend import GenerateSpec, Loads, ModelInfo
+from router.frontend import GenerateSpec, ModelInfo
 from router.grpc_server import GrpcServer
 from router.http_server import HttpServer
 from router.metrics import MeteredFrontend, RouterMetrics
@@ -86,8 +86,10 @@ class RouterService:
     def worker_gone(self, worker_id: str, incarnation: str) -> None:
         self.core.worker_gone(worker_id, incarnation)
 
-    def loads(self) -> Loads:
-        return self.core.loads()
+    def status(self) -> RouterStatus:
+        workers = self.core.loads().workers
+        down = tuple((w.worker_id, w.incarnation) for w in workers if w.state == "down")
+        return RouterStatus(not_ready=self.core.ready() or "", down=down)
 
     async def wait(self) -> None:
         """Until the core has ended; raises what it raised."""

@@ -105,12 +105,14 @@ class HopTimes(msgspec.Struct, frozen=True, array_like=True):
     reserve_wait_s: Seconds = 0.0
     """Decode side: from being asked for room to granting it."""
     transfer_s: Seconds = 0.0
-    """Decode side: grant to commit."""
+    """Decode side: first frame to commit."""
     transfer_bytes: Count = 0
     transfer_frames: Count = 0
     codec: Text = ""
     transport: Text = ""
     preemptions: Count = 0
+    first_step_s: Seconds = 0.0
+    """Decode side: commit to this token."""
 
 
 class TokenItem(msgspec.Struct, frozen=True, array_like=True):

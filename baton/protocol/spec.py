@@ -33,6 +33,13 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     config: RouterConfig
 
 
+class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """not_ready: "" when requests can be placed. down: (worker id, incarnation) given up."""
+
+    not_ready: str
+    down: tuple[tuple[str, str], ...] = ()
+
+
 class RouterInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Addresses are ``host:port``, with the ports that were really bound."""
 
