@@ -20,8 +20,12 @@ from torch import Tensor
 from baton.engine.philox import uniforms
 from baton.protocol.sampling import SamplingParams, TokenLogprobs, TopLogprob
 
-NUCLEUS_CANDIDATES = 1_024
-"""Top-p without top-k first looks at so many tokens; at all of them if they do not suffice."""
+NUCLEUS_CANDIDATES = 256
+"""Top-p without top-k first looks at so many tokens, and at eight times as many until they hold
+enough: sorting a whole vocabulary costs far more than a few selections from it."""
+NUCLEUS_GROWTH = 8
+MIN_TEMPERATURE = 1e-30
+"""Below this the best token has all the weight, and float32 would divide by zero."""
 
 
 def draw_tokens(
@@ -55,9 +59,9 @@ def draw_tokens(
     while by_mass:
         scaled = _scaled(logits, params, by_mass)
         ids = best_ids(scaled, num_candidates)
-        total = scaled.exp().sum(dim=1, keepdim=True)
-        top_p = _column([params[i].top_p for i in by_mass], scaled)
-        weights = scaled.gather(1, ids).exp()
+        total = scaled.exp().sum(dim=1, keepdim=True, dtype=torch.float64)
+        top_p = _column([params[i].top_p for i in by_mass], total)
+        weights = scaled.gather(1, ids).exp().double()
         enough = (weights.sum(dim=1) >= (top_p * total)[:, 0]).tolist()
         enough = [ok or num_candidates == vocab_size for ok in enough]
         done = [n for n, ok in enumerate(enough) if ok]
@@ -65,7 +69,7 @@ def draw_tokens(
             kept = _nucleus(weights[done], top_p[done] * total[done])
             pick([by_mass[n] for n in done], kept, ids[done])
         by_mass = [i for i, ok in zip(by_mass, enough, strict=True) if not ok]
-        num_candidates = vocab_size
+        num_candidates = min(vocab_size, num_candidates * NUCLEUS_GROWTH)
     return token_ids
 
 
@@ -109,9 +113,9 @@ def token_logprobs(
 
 
 def _scaled(logits: Tensor, params: Sequence[SamplingParams], rows: Sequence[int]) -> Tensor:
-    """Log-weights, 0 for the best: no temperature, however small, makes them overflow."""
-    picked = logits[list(rows)].double()
-    temperature = _column([params[i].temperature for i in rows], picked)
+    """Log-weights ``[R, V]`` float32, 0 for the best: no temperature makes them overflow."""
+    picked = logits[list(rows)]
+    temperature = _column([max(params[i].temperature, MIN_TEMPERATURE) for i in rows], picked)
     return (picked - picked.amax(dim=1, keepdim=True)) / temperature
 
 
@@ -121,7 +125,7 @@ def _kept_by_rank(
     """Weights ``[R, m]`` after top-k, then top-p of what top-k left; 0 for what is dropped."""
     rank = candidates.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     top_k = torch.tensor([params[i].top_k for i in rows], device=rank.device)[:, None]
-    weights = candidates.exp() * (rank < top_k)
+    weights = candidates.exp().double() * (rank < top_k)
     top_p = _column([params[i].top_p for i in rows], weights)
     filtered = _nucleus(weights, top_p * weights.sum(dim=1, keepdim=True))
     return torch.where(top_p < 1, filtered, weights)
@@ -136,7 +140,7 @@ def _nucleus(weights: Tensor, needed: Tensor) -> Tensor:
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     """Column ``[R, 1]`` where the running sum first exceeds uniform x total: weight 0 never is."""
-    cumulative = weights.cumsum(dim=1)
+    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # The product may round up to the total, beyond which there is no column.
     target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
