@@ -59,7 +59,7 @@ class RouterActor:
     async def wait(self) -> None:
         await self._running.wait()
 
-    async def stop(self, drain_s: float) -> None:
+    async def stop(self, drain_s: float = 0.0) -> None:
         if self._service is not None:
             await self._service.stop(drain_s)
 

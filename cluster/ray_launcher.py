@@ -118,11 +118,15 @@ class RayLauncher:
             )
 
     async def __aexit__(self, *exc: object) -> None:
-        for actor in self._actors:
-            await _stop(actor)
-        for group in self._groups.values():
-            remove_placement_group(group)
-        ray.shutdown()
+        try:
+            for actor in self._actors:
+                await _stop(actor)
+            for group in self._groups.values():
+                remove_placement_group(group)
+        finally:
+            # On this thread: Ray's own hook for uncaught errors waits a minute for a head
+            # that is gone when the shutdown was left out.
+            ray.shutdown()
 
     async def start_worker(self, spec: WorkerSpec) -> RayWorker:
         pool = spec.pool
