@@ -112,5 +112,5 @@ class DecodeService:
             kv_bytes_sent=0,
             kv_bytes_received=self._puller.num_bytes,
             kv_transport=TRANSPORT,
-            num_tasks=0,
+            num_tasks=len(asyncio.all_tasks()),
         )

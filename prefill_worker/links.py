@@ -56,10 +56,6 @@ class DecodeLinks:
     def num_bytes(self) -> int:
         return self._closed_bytes + sum(c.pusher.num_bytes for c in self._connections.values())
 
-    @property
-    def num_tasks(self) -> int:
-        return sum(len(c.tasks) for c in self._connections.values())
-
     async def run(self) -> None:
         """Own the links' tasks until cancelled."""
         async with asyncio.TaskGroup() as group:

@@ -113,5 +113,5 @@ class PrefillService:
             kv_bytes_sent=self._links.num_bytes,
             kv_bytes_received=0,
             kv_transport=TRANSPORT,
-            num_tasks=self._links.num_tasks,
+            num_tasks=len(asyncio.all_tasks()),
         )

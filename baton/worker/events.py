@@ -60,6 +60,7 @@ class ShellFacts:
     kv_bytes_received: int
     kv_transport: str
     num_tasks: int
+    """asyncio tasks of the whole process: they must come back to their idle number."""
 
 
 class Decider(Protocol):
