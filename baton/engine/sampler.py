@@ -40,9 +40,10 @@ def draw_tokens(
     if not drawn:
         return token_ids
     vocab_size = logits.shape[1]
-    plain = [i for i in drawn if params[i].top_p >= 1 and not 0 < params[i].top_k < vocab_size]
     by_rank = [i for i in drawn if 0 < params[i].top_k < vocab_size]
-    by_mass = [i for i in drawn if params[i].top_p < 1 and i not in set(by_rank)]
+    unranked = [i for i in drawn if not 0 < params[i].top_k < vocab_size]
+    by_mass = [i for i in unranked if params[i].top_p < 1]
+    plain = [i for i in unranked if params[i].top_p >= 1]
     uniform = uniforms([p.seed for p in params], positions)
 
     def pick(rows: Sequence[int], weights: Tensor, ids: Tensor | None) -> None:

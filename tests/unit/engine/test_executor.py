@@ -1,0 +1,203 @@
+"""One tiny model, many ways to run it: the logits must not notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from baton.engine import step_inputs
+from baton.engine.executor import Executor
+from baton.engine.plan import SequenceChunk, StepPlan
+from baton.protocol.errors import ConfigError, InternalError
+from baton.protocol.sampling import SamplingParams
+from tests.support.tiny_checkpoint import TINY_LLAMA, TINY_MISTRAL, write_checkpoint
+
+GREEDY = SamplingParams(temperature=0.0)
+TOLERANCE = 2e-5
+PROMPT = tuple(int(t) for t in np.random.default_rng(1).integers(0, 61, 200))
+
+
+def load(folder: Path, **changes: Any) -> Executor:
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "num_blocks": 64,
+        "block_size": 8,
+        "num_threads": 1,
+    }
+    return Executor.load(folder, **(settings | changes))
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {"llama": TINY_LLAMA, "mistral": TINY_MISTRAL}[request.param]
+    return write_checkpoint(tmp_path_factory.mktemp("model"), config)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def chunk(
+    tokens: tuple[int, ...],
+    start: int,
+    table: tuple[int, ...],
+    *,
+    samples: bool = True,
+    seq_id: str = "s",
+    sampling: SamplingParams = GREEDY,
+) -> SequenceChunk:
+    return SequenceChunk(seq_id, tokens, start, table, samples, sampling)
+
+
+def one_shot(folder: Path, tokens: tuple[int, ...]) -> torch.Tensor:
+    """Logits after ``tokens``, all in one chunk of a fresh cache."""
+    table = tuple(range(-(-len(tokens) // 8)))
+    return load(folder).forward_logits(StepPlan(0, (chunk(tokens, 0, table),)))[0]
+
+
+def poison(executor: Executor) -> None:
+    """NaN in every block that can be handed out: what is unused must never count."""
+    with torch.inference_mode():
+        executor._cache.blocks[:, :, :-1] = float("nan")
+
+
+@pytest.mark.parametrize("sizes", [(200,), (1,) * 30, (8, 8, 8), (3, 50, 1, 1, 70), (64, 1, 65)])
+@pytest.mark.parametrize("max_mask_elements", [step_inputs.MAX_MASK_ELEMENTS, 64])
+def test_chunks_do_not_change_the_logits(
+    folder: Path,
+    sizes: tuple[int, ...],
+    max_mask_elements: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(step_inputs, "MAX_MASK_ELEMENTS", max_mask_elements)
+    executor = load(folder)
+    poison(executor)
+    table = tuple(int(b) for b in np.random.default_rng(2).permutation(64)[:25])
+    start = 0
+    for n, size in enumerate(sizes):
+        tokens = PROMPT[start : start + size]
+        last = n == len(sizes) - 1
+        plan = StepPlan(n, (chunk(tokens, start, table, samples=last),))
+        logits = executor.forward_logits(plan)
+        assert len(logits) == last
+        start += size
+    assert torch.allclose(logits[0], one_shot(folder, PROMPT[:start]), atol=TOLERANCE)
+
+
+def test_a_mixed_batch_gives_what_each_sequence_gives_alone(folder: Path) -> None:
+    """Decodes of unlike lengths, prompts from 0, later chunks; results in plan order."""
+    lengths = {"a": 150, "b": 1, "c": 33, "d": 90, "e": 64, "f": 7, "g": 17}
+    new = {"a": 1, "b": 1, "c": 33, "d": 40, "e": 1, "f": 1, "g": 2}
+    executor = load(folder, num_blocks=128)
+    poison(executor)
+    free = [int(b) for b in np.random.default_rng(3).permutation(128)]
+    tables, tokens = {}, {}
+    for n, (name, length) in enumerate(lengths.items()):
+        tables[name] = tuple(free.pop() for _ in range(-(-length // 8)))
+        tokens[name] = PROMPT[n : n + length]
+        cached = length - new[name]
+        if cached:
+            plan = StepPlan(0, (chunk(tokens[name][:cached], 0, tables[name], samples=False),))
+            executor.execute(plan)
+    chunks = tuple(
+        chunk(tokens[s][-new[s] :], lengths[s] - new[s], tables[s], samples=s != "d", seq_id=s)
+        for s in ("e", "c", "a", "d", "f", "g", "b")
+    )
+    plan = StepPlan(1, chunks)
+    logits = executor.forward_logits(plan)
+    result = executor.execute(plan)
+    assert [t.seq_id for t in result.sampled] == ["e", "c", "a", "f", "g", "b"]
+    assert [t.token_id for t in result.sampled] == logits.argmax(-1).tolist()
+    for row, sampled in zip(logits, result.sampled, strict=True):
+        assert torch.allclose(row, one_shot(folder, tokens[sampled.seq_id]), atol=TOLERANCE)
+
+
+def test_a_step_without_samples_computes_no_logits(llama: Path) -> None:
+    executor = load(llama)
+    result = executor.execute(StepPlan(3, (chunk(PROMPT[:9], 0, (1, 2), samples=False),)))
+    assert (result.step, result.sampled) == (3, ())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_sequence_continues_elsewhere(folder: Path, dtype: str) -> None:
+    source, target = load(folder, dtype=dtype), load(folder, dtype=dtype, block_size=16)
+    assert source.layout == target.layout
+    table, other = (9, 3, 4, 1, 50, 2), (7, 0, 5)
+    first = source.execute(StepPlan(0, (chunk(PROMPT[:45], 0, table),)))
+    for layer in range(source.spec.num_layers):
+        for start, count in ((0, 30), (30, 15)):
+            payload = source.read_kv(table, start, count, layer, 1)
+            assert payload.nbytes == count * source.layout.bytes_per_token_layer
+            target.write_kv(other, start, count, layer, 1, payload)
+    plan = chunk((first.sampled[0].token_id,), 45, table)
+    here = source.forward_logits(StepPlan(1, (plan,)))
+    there = target.forward_logits(StepPlan(1, (chunk(plan.token_ids, 45, other),)))
+    assert torch.allclose(here, there, atol=TOLERANCE)
+
+
+def test_lower_precision_stays_near(llama: Path) -> None:
+    exact = one_shot(llama, PROMPT[:60])
+    plan = StepPlan(0, (chunk(PROMPT[:60], 0, tuple(range(8))),))
+    rounded = load(llama, dtype="bfloat16").forward_logits(plan)[0]
+    assert rounded.dtype == torch.float32
+    difference = (rounded - exact).abs().max()
+    assert 0 < difference < 0.03 * exact.abs().max()
+
+
+def test_draws_are_keyed_by_position(llama: Path) -> None:
+    """The same token sequence draws the same next token, however it was cut into steps."""
+    params = SamplingParams(temperature=1.0, seed=77)
+    whole = load(llama).execute(StepPlan(0, (chunk(PROMPT[:20], 0, (0, 1, 2), sampling=params),)))
+    executor = load(llama)
+    executor.execute(StepPlan(0, (chunk(PROMPT[:19], 0, (5, 6, 7), samples=False),)))
+    last = executor.execute(StepPlan(1, (chunk(PROMPT[19:20], 19, (5, 6, 7), sampling=params),)))
+    assert last.sampled == whole.sampled
+
+
+def test_logits_that_are_not_finite_name_the_sequence(llama: Path) -> None:
+    executor = load(llama)
+    good = chunk(PROMPT[:4], 0, (0,), seq_id="good")
+    bad = chunk(PROMPT[:1], 8, (1, 2), seq_id="bad")
+    poison(executor)
+    with pytest.raises(InternalError, match="logits of bad are not finite") as caught:
+        executor.execute(StepPlan(0, (good, bad)))
+    assert caught.value.request_id == "bad"
+    alone = load(llama).execute(StepPlan(0, (good,)))
+    assert executor.execute(StepPlan(1, (good,))).sampled == alone.sampled
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        ((), "no chunks"),
+        ((chunk((), 0, (0,)),), "without tokens"),
+        ((chunk((1,), 0, (0,)), chunk((2,), 0, (1,))), "twice"),
+        ((chunk((61,), 0, (0,)),), "token ids must lie in 0 to 60"),
+        ((chunk((-1,), 0, (0,)),), "token ids must lie in 0 to 60"),
+        ((chunk((1,), 8, (0,)),), "1 blocks cover fewer"),
+        ((chunk((1,), -1, (0,)),), "cover fewer"),
+        ((chunk((1,), 0, (64,)),), "block ids must lie in 0 to 63"),
+        ((chunk((1,), 0, (-1,)),), "block ids must lie in 0 to 63"),
+    ],
+)
+def test_plans_that_cannot_be_run_are_refused(
+    llama: Path, chunks: tuple[SequenceChunk, ...], message: str
+) -> None:
+    with pytest.raises(InternalError, match=message):
+        load(llama).execute(StepPlan(0, chunks))
+
+
+def test_settings_that_cannot_be_met_are_config_errors(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="dtype is 'int8'; allowed: float32"):
+        load(llama, dtype="int8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        load(llama, device="cuda")
