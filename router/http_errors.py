@@ -55,6 +55,9 @@ def error_response(error: BatonError, request_id: str | None = None) -> Response
     headers = {"x-should-retry": "true" if error.retryable else "false"}
     if error.http_status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_S)
+    if isinstance(error, BodyTooLarge | BodyTooSlow):
+        # The rest of the body may still be coming: it is not read any more.
+        headers["connection"] = "close"
     return Response(
         error_json(error, request_id),
         status_code=error.http_status,

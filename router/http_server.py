@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import math
 import socket
 
 import msgspec
@@ -86,10 +85,18 @@ class HttpServer:
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Take no new connections; running answers get ``grace_s``, then they are aborted."""
-        tasks = self._server.server_state.tasks
-        self._server.config.timeout_graceful_shutdown = math.ceil(grace_s)
-        await self._server.shutdown()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if not self._server.started:
+            return
+        state = self._server.server_state
+        tasks = set(state.tasks)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._server.shutdown()
+        except TimeoutError:
+            # Each answer notices that its client is gone and aborts its requests.
+            for connection in list(state.connections):
+                connection.transport.abort()
+        await asyncio.gather(*tasks, *state.tasks, return_exceptions=True)
 
     def _own_routes(self) -> list[Route]:
         return [

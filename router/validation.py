@@ -154,25 +154,23 @@ class Validator:
                 "allowed: exactly one of prompt, prompt_ids, messages",
                 param=given[0] if given else "prompt",
             )
+        param = "prompt" if raw.messages is None else "messages"
         if raw.messages is not None:
-            ids = self._encode("messages", self._render(raw.messages), add_special_tokens=False)
+            ids = self._encode(param, self._render(raw.messages), add_special_tokens=False)
         elif raw.prompt is not None:
-            ids = self._encode("prompt", raw.prompt, add_special_tokens=True)
+            ids = self._encode(param, raw.prompt, add_special_tokens=True)
         else:
             ids = raw.prompt_ids or ()
+        most = self._model.max_model_len - 1
         if not ids:
-            raise InvalidRequest(
-                f"{given[0]} is empty; allowed: 1 to {self._model.max_model_len - 1} tokens",
-                param=given[0],
-            )
-        if len(ids) >= self._model.max_model_len:
+            raise InvalidRequest(f"{param} is empty; allowed: 1 to {most} tokens", param=param)
+        if len(ids) > most:
             raise PromptTooLong(
-                f"{given[0]} has {len(ids)} tokens; allowed: at most "
-                f"{self._model.max_model_len - 1}, so that one output token fits into "
-                f"max_model_len {self._model.max_model_len}",
-                param=given[0],
+                f"{param} has {len(ids)} tokens; allowed: at most {most}, so that one output token "
+                f"fits into max_model_len {most + 1}",
+                param=param,
             )
-        return self._ids(given[0], ids)
+        return self._ids(param, ids)
 
     def _render(self, messages: Sequence[ChatMessage]) -> str:
         if not 1 <= len(messages) <= limits.MAX_MESSAGES:
