@@ -7,6 +7,7 @@ import json
 import threading
 
 import click
+from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -16,7 +17,7 @@ from baton.cli.options import address
 from baton.client import Client, Health, Loads, ModelInfo, WorkerLoad
 
 STALE_AFTER_S = 5.0
-"""A report older than this is shown in red: the worker may be gone."""
+"""A report older than this is pointed out: the worker may be gone."""
 
 
 @click.command()
@@ -73,17 +74,18 @@ def _view(address: str, health: Health, model: ModelInfo, loads: Loads) -> Group
         f"  {model.name} ({model.architecture}, {model.dtype}, {model.max_model_len} tokens)"
         f" at {address}: {loads.num_queued} queued, {loads.num_running} running",
     )
-    return Group(head, _table(loads.workers), *_faults(loads.workers))
+    return Group(head, _table(loads.workers), *_remarks(loads.workers))
 
 
 def _table(workers: tuple[WorkerLoad, ...]) -> Table:
-    table = Table()
+    # Fits 80 columns with the names and figures of a small cluster.
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name in ("worker", "role", "state"):
-        table.add_column(name)
-    for name in ("running", "waiting", "KV used", "preempted", "KV sent", "KV received"):
-        table.add_column(name, justify="right")
-    table.add_column("transport")
-    table.add_column("age", justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("run", "wait", "KV used", "KV sent", "KV got"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("via", no_wrap=True)
+    table.add_column("age", justify="right", no_wrap=True)
     for worker in workers:
         used = worker.num_blocks - worker.num_free_blocks
         share = used / worker.num_blocks if worker.num_blocks else 0.0
@@ -93,29 +95,41 @@ def _table(workers: tuple[WorkerLoad, ...]) -> Table:
             worker.state,
             str(worker.num_running),
             str(worker.num_waiting),
-            f"{share:.0%} ({used}/{worker.num_blocks})",
-            str(worker.num_preemptions),
+            f"{share:.0%}",
             human_bytes(worker.kv_bytes_sent),
             human_bytes(worker.kv_bytes_received),
             worker.kv_transport or "-",
-            Text(f"{worker.age_s:.1f} s", "red" if worker.age_s > STALE_AFTER_S else ""),
+            f"{worker.age_s:.1f}s",
         )
     return table
 
 
-def _faults(workers: tuple[WorkerLoad, ...]) -> list[Text]:
-    return [
-        Text(f"{worker.worker_id}: integrity: {fault}", "bold red")
-        for worker in workers
-        for fault in worker.integrity_errors
-    ]
+def _remarks(workers: tuple[WorkerLoad, ...]) -> list[Text]:
+    """What is worth a line only when it happened."""
+    lines = []
+    for worker in workers:
+        counts = (
+            ("preempted", worker.num_preemptions),
+            ("parked", worker.num_parked),
+            ("held back by a full peer", worker.num_backpressured),
+        )
+        said = ", ".join(f"{count} {what}" for what, count in counts if count)
+        if worker.age_s > STALE_AFTER_S:
+            old = f"{worker.worker_id}: last report {worker.age_s:.1f} s ago"
+            lines.append(Text(old, "bold red"))
+        if said:
+            lines.append(Text(f"{worker.worker_id}: {said}", "yellow"))
+        lines += [
+            Text(f"{worker.worker_id}: integrity: {fault}", "bold red")
+            for fault in worker.integrity_errors
+        ]
+    return lines
 
 
 def human_bytes(count: int) -> str:
-    """Powers of 1,024, three digits or so: ``0 B``, ``6.5 MiB``."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1_024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    """Powers of 1,024, two or three digits: ``0 B``, ``6.5 MiB``, ``118 GiB``."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1_024 and len(units) > 1:
         size /= 1_024
-    return f"{size:.1f} TiB"
+        units.pop(0)
+    return f"{size:.1f} {units[0]}" if units[0] != "B" and size < 10 else f"{size:.0f} {units[0]}"

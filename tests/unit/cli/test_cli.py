@@ -152,10 +152,11 @@ def test_no_server_names_the_address_and_the_way_out(args: list[str]) -> None:
 
 
 def test_status_shows_workers_and_their_faults(server: Served) -> None:
-    result = CliRunner(env={"COLUMNS": "160"}).invoke(main, ["status", "--address", server.address])
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["status", "--address", server.address])
     assert result.exit_code == 0
-    for shown in ("serving", "d-0", "decode", "2% (12/512)", "1.0 TiB", "zeromq", "0.2 s"):
+    for shown in ("serving", "d-0", "decode", "2%", "1.0 TiB", "6 B", "zeromq", "0.2s"):
         assert shown in result.stdout
+    assert "d-0: 4 preempted, 3 parked, 5 held back by a full peer" in result.stdout
     assert "d-0: integrity: free + held != total" in result.stdout
 
 
