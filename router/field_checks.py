@@ -42,15 +42,15 @@ def flag(param: str, value: bool | None, default: bool) -> bool:
     return default if value is None else value
 
 
-def check_text(param: str, text: str) -> None:
+def check_text(where: str, text: str, param: str | None = None) -> None:
     """Lone surrogates come from escapes such as "\\ud800": they are not text."""
     if not isinstance(text, str):
-        raise InvalidRequest(f"{param} is {shown(text)}; allowed: text", param=param)
+        raise InvalidRequest(f"{where} is {shown(text)}; allowed: text", param=param or where)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as exc:
         raise InvalidRequest(
-            f"{param} is not valid Unicode: lone surrogate at character {exc.start}; allowed: "
+            f"{where} is not valid Unicode: lone surrogate at character {exc.start}; allowed: "
             "text that UTF-8 can carry",
-            param=param,
+            param=param or where,
         ) from exc

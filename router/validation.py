@@ -279,5 +279,5 @@ def _stop_strings(values: Sequence[str] | None) -> tuple[str, ...]:
                 f"{MAX_STOP_STRING_CHARS} characters",
                 param="stop",
             )
-        check_text(f"stop[{index}]", value)
+        check_text(f"stop[{index}]", value, param="stop")
     return tuple(values)
