@@ -30,7 +30,8 @@ class Client:
 
     address: ``host:port`` of the router's gRPC port.
     timeout: seconds for each call, retries included, where the call names none. None: the
-      router's own limit for generation, 30 s for everything else.
+      router's own limit for generation, 30 s for everything else. A generating call waits
+      up to 1 s longer, for the router to say where the time went.
     max_retries: more tries for a call that failed in a retryable way *before any output*,
       with back-off and the same request id. After output the error is yours to judge.
 
