@@ -20,6 +20,8 @@ from router.tokenizer import Tokenizer
 _REPLACEMENT = "\ufffd"
 _MAX_UNSETTLED_TOKENS = 8
 """A character has at most 4 bytes: among so many tokens some U+FFFD is there to stay."""
+_MAX_WINDOW_TOKENS = 64
+"""Whatever they are, they are given out then: decoding must not grow without end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +129,21 @@ class _IncrementalText:
     def _settle_a_part(self, text: str) -> str:
         """Bytes that are no UTF-8: give out all up to a border between two characters.
 
-        Cut where the halves decode to the whole: no character spans such a border.
+        Cut where the halves decode to the whole: no character spans such a border. Runs
+        of byte-fallback tokens stay together: one bad byte spoils the others.
         """
+        is_byte = self._tokenizer.is_byte
         num_context = len(self._window) - self._num_unsettled
         for border in range(len(self._window) - 1, num_context, -1):
             head, tail = self._window[:border], self._window[border:]
+            if is_byte(head[-1]) and is_byte(tail[0]):
+                continue
             settled = self._decode(head)
             if settled + self._decode(tail) == text and settled.startswith(self._given):
                 new = settled[len(self._given) :]
                 self._window, self._given, self._num_unsettled = tail, "", len(tail)
                 return new
-        return self._settle(text)
+        return "" if self._num_unsettled < _MAX_WINDOW_TOKENS else self._settle(text)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, self._skip_special_tokens) if ids else ""

@@ -10,6 +10,7 @@ prompts are encoded without it: the template writes its special tokens itself.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import tokenizers
 
 from baton.protocol.errors import ConfigError
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,9 @@ class Tokenizer:
             if token.special
         )
         vocabulary = inner.get_vocab(with_added_tokens=True)
+        self._byte_ids = frozenset(
+            token_id for token, token_id in vocabulary.items() if _BYTE_TOKEN.fullmatch(token)
+        )
         self._max_token_chars = max(map(len, vocabulary), default=1)
         self._vocab_size = max(vocabulary.values(), default=-1) + 1
 
@@ -96,6 +102,10 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
+
+    def is_byte(self, token_id: int) -> bool:
+        """One byte of a vocabulary with byte fallback: a run of them is decoded as one."""
+        return token_id in self._byte_ids
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:

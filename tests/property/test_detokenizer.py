@@ -162,3 +162,14 @@ def test_stop_strings_are_found_across_tokens(
     if found is not None:
         assert found in BYTE_LEVEL.decode(ids[:num_tokens])
         assert found not in BYTE_LEVEL.decode(ids[: num_tokens - 1])
+
+
+@given(prompt=some_text, text=some_text, sizes=chunk_sizes)
+def test_a_text_goes_on_where_its_prompt_ended(prompt: str, text: str, sizes: list[int]) -> None:
+    """With the prompt's end as context the first word keeps its space."""
+    prompt_ids, ids = BYTE_FALLBACK.encode(prompt), BYTE_FALLBACK.encode(text)
+    detokenizer = Detokenizer(BYTE_FALLBACK, context_ids=prompt_ids)
+    shown = "".join(detokenizer.push(chunk).text for chunk in _chunks(ids, sizes))
+    whole = BYTE_FALLBACK.decode([*prompt_ids, *ids])
+    if "\ufffd" not in prompt:
+        assert prompt + shown + detokenizer.flush() == whole
