@@ -46,16 +46,20 @@ def _prefill(
     q: Tensor, k: Tensor, v: Tensor, cache: KvCache, layer: int, tile: PrefillTile
 ) -> Tensor:
     rows = slice(tile.first_row, tile.first_row + tile.num_rows)
+    group_size = q.shape[1] // k.shape[1]
     if tile.slots is None:
         keys, values = k[rows], v[rows]
     else:
+        # CUDA kernels take grouped heads or a mask, but not both; the copies cost a CPU nothing.
         keys, values = cache.gather(layer, tile.slots)
+        keys = keys.repeat_interleave(group_size, dim=1)
+        values = values.repeat_interleave(group_size, dim=1)
     out = scaled_dot_product_attention(
         q[rows].transpose(0, 1)[None],
         keys.transpose(0, 1)[None],
         values.transpose(0, 1)[None],
         attn_mask=tile.mask,
         is_causal=tile.slots is None,
-        enable_gqa=q.shape[1] != keys.shape[1],
+        enable_gqa=tile.slots is None and group_size > 1,
     )
     return out[0].transpose(0, 1).reshape(tile.num_rows, -1)

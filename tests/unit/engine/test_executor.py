@@ -12,6 +12,7 @@ import torch
 from baton.engine import step_inputs
 from baton.engine.executor import Executor
 from baton.engine.plan import SequenceChunk, StepPlan
+from baton.engine.sampler import draw_tokens
 from baton.protocol.errors import ConfigError, InternalError
 from baton.protocol.sampling import SamplingParams
 from tests.support.tiny_checkpoint import TINY_LLAMA, TINY_MISTRAL, write_checkpoint
@@ -150,8 +151,17 @@ def test_lower_precision_stays_near(llama: Path) -> None:
     assert 0 < difference < 0.03 * exact.abs().max()
 
 
-def test_draws_are_keyed_by_position(llama: Path) -> None:
-    """The same token sequence draws the same next token, however it was cut into steps."""
+def test_a_draw_is_keyed_by_its_own_position(llama: Path) -> None:
+    """Position 20 for the token that follows positions 0 to 19."""
+    executor = load(llama)
+    for seed in range(20):
+        params = SamplingParams(temperature=5.0, seed=seed)
+        plan = StepPlan(0, (chunk(PROMPT[15:20], 15, (0, 1, 2), sampling=params),))
+        expected = draw_tokens(executor.forward_logits(plan), [params], [20]).tolist()
+        assert [t.token_id for t in executor.execute(plan).sampled] == expected
+
+
+def test_the_cut_into_steps_does_not_change_a_draw(llama: Path) -> None:
     params = SamplingParams(temperature=1.0, seed=77)
     whole = load(llama).execute(StepPlan(0, (chunk(PROMPT[:20], 0, (0, 1, 2), sampling=params),)))
     executor = load(llama)

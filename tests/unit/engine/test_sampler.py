@@ -128,6 +128,18 @@ def test_top_p_stops_where_the_mass_is_reached_exactly() -> None:
     assert {draw_tokens(logits, [params], [n]).item() for n in range(100)} == {1, 3}
 
 
+def test_top_p_keeps_no_more_than_it_needs() -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    drawn = {draw_tokens(torch.zeros(1, 4), [params], [n]).item() for n in range(100)}
+    assert drawn == {0, 1}
+
+
+def test_the_ends_of_the_interval_draw_kept_tokens_only() -> None:
+    weights = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]], dtype=torch.float64).expand(2, -1)
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert sampler._invert(weights, ends).tolist() == [[1], [3]]
+
+
 @pytest.mark.parametrize("temperature", [1e-320, 1e-6, 100.0])
 def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     logits = torch.tensor([[-50.0, 30.0, 29.0, 80.0]])
