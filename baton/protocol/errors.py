@@ -153,7 +153,8 @@ def _tree(root: type[BatonError]) -> list[type[BatonError]]:
     return [root, *(leaf for sub in root.__subclasses__() for leaf in _tree(sub))]
 
 
-ERRORS_BY_CODE: dict[str, type[BatonError]] = {cls.code: cls for cls in reversed(_tree(BatonError))}
+ERRORS_BY_CODE: dict[str, type[BatonError]] = {cls.code: cls for cls in _tree(BatonError)}
+"""Leaves come last: the code "internal" is InternalError's, not the base's."""
 
 
 def from_code(
