@@ -68,6 +68,8 @@ class MessageServer:
     ) -> None:
         self._socket = context.socket(zmq.ROUTER)
         sockets.configure(self._socket)
+        # A peer that lost its connection may be back before this side noticed the loss.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._describe = describe
         self._on_message = on_message
         self._peers: dict[str, Peer] = {}
