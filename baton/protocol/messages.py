@@ -27,7 +27,9 @@ Id = Annotated[str, Meta(min_length=1, max_length=192)]
 Text = Annotated[str, Meta(max_length=4_096)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
-TokenIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_PROMPT_TOKENS)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+"""Whether it is in the vocabulary is for the receiver to check; libraries take it as int32."""
+TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_PROMPT_TOKENS)]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
