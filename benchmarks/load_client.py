@@ -30,7 +30,7 @@ from benchmarks.load_job import (
 )
 
 METHOD = "/baton.v1.Baton/Generate"
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 2.0
 TIMEOUT_MARGIN_S = 2.0
 """The router ends a request at its timeout; the call waits a little longer to hear it."""
 

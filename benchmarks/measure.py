@@ -77,7 +77,7 @@ async def prepare(workload: Workload, deployment: Deployment) -> PromptCutter:
                 f"prompt_tokens and output_tokens reach {workload.longest_tokens} tokens together; "
                 f"{deployment.name} serves max_model_len {model.max_model_len}: draw shorter ones"
             )
-        return await load_cutter(client, seeded(workload.seed, "corpus"))
+        return await load_cutter(client, model.max_model_len, seeded(workload.seed, "corpus"))
 
 
 async def check(

@@ -11,6 +11,8 @@ from baton.protocol.errors import ConfigError
 
 CORPUS_CHARS = 200_000
 PIECE_CHARS = 2_000
+PREFIX_ROOM = 16
+"""Tokens of a piece that a tokenizer may add of its own."""
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
 
 
@@ -37,18 +39,22 @@ class PromptCutter:
         return (*self._prefix, *text_ids)[:num_tokens]
 
 
-async def load_cutter(client: baton.AsyncClient, random: Random) -> PromptCutter:
+async def load_cutter(
+    client: baton.AsyncClient, max_model_len: int, random: Random
+) -> PromptCutter:
     """Tokenised by the deployment itself, so that any model can be asked."""
     one, other = await client.tokenize("a"), await client.tokenize("1")
     prefix = one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)]
     ids: list[int] = []
-    for piece in _pieces(source_text(random)):
+    # Text without accents has at most one token a character.
+    piece_chars = max(1, min(PIECE_CHARS, max_model_len - PREFIX_ROOM))
+    for piece in _pieces(source_text(random), piece_chars):
         ids.extend((await client.tokenize(piece))[len(prefix) :])
     return PromptCutter(tuple(prefix), ids)
 
 
 def source_text(random: Random) -> str:
-    """``CORPUS_CHARS`` characters of the standard library, whole files in random order."""
+    """``CORPUS_CHARS`` ASCII characters of the standard library: files in random order."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(
         path for path in root.rglob("*.py") if not _LEFT_OUT.intersection(path.parts[:-1])
@@ -59,11 +65,12 @@ def source_text(random: Random) -> str:
     for path in paths:
         if num_chars >= CORPUS_CHARS:
             break
-        # A few sources declare another encoding; their odd bytes do no harm in a prompt.
-        parts.append(path.read_text(encoding="utf-8", errors="replace"))
-        num_chars += len(parts[-1])
+        source = path.read_bytes()
+        if source.isascii():
+            parts.append(source.decode("ascii"))
+            num_chars += len(source)
     return "\n".join(parts)[:CORPUS_CHARS]
 
 
-def _pieces(text: str) -> list[str]:
-    return [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
+def _pieces(text: str, num_chars: int) -> list[str]:
+    return [text[start : start + num_chars] for start in range(0, len(text), num_chars)]

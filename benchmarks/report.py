@@ -169,9 +169,9 @@ def _legend(result: Result) -> str:
 def _conditions(workload: Workload) -> str:
     schedule = workload.schedule
     return (
-        f"open loop, Poisson arrivals, repeats: {schedule.repeats}, each {schedule.window_s:g} s after "
-        f"{schedule.warmup_s:g} s of warm-up, deployments in turn; the client runs on the same "
-        "processors"
+        f"open loop, Poisson arrivals; repeats: {schedule.repeats}, each {schedule.window_s:g} s "
+        f"after {schedule.warmup_s:g} s of warm-up, deployments in turn; the client runs on the "
+        "same processors"
     )
 
 
