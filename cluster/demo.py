@@ -62,11 +62,12 @@ async def demo(prompt: str, max_tokens: int, launcher: LauncherName) -> None:
             async with AsyncClient(router.grpc_address) as client:
                 completion = await _stream(client, console, prompt, max_tokens)
             _show_timeline(console, completion)
+            num_processes = leftovers.note()
             await controller.stop(config.router.drain_timeout_s)
     left = leftovers.find()
     if left:
         raise click.ClickException(f"processes were left behind: {left}")
-    console.print("[dim]no process is left behind[/dim]")
+    console.print(f"[dim]all {num_processes} processes have ended, none is left behind[/dim]")
 
 
 def _example() -> ClusterConfig:

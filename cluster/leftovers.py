@@ -12,26 +12,29 @@ POLL_S = 0.1
 
 
 class Leftovers:
-    """Remembers the processes of this user at construction; ``find`` names newer ones that
-    descend from this process, or that Ray started and left."""
+    """``note`` remembers all that descends from this process, while it does: an orphan is
+    nobody's descendant any more. ``find`` names what is still there of it."""
 
     def __init__(self) -> None:
-        self._before = {p.pid for p in psutil.process_iter()}
+        self._before = set(_descendants())
+        self._seen: set[psutil.Process] = set()
+
+    def note(self) -> int:
+        """How many processes have been seen so far. Call it before things are ended."""
+        self._seen |= set(_descendants()) - self._before
+        return len(self._seen)
 
     def find(self, grace_s: float = GRACE_S) -> list[str]:
         """Those still there when the grace is over; dying takes a moment."""
+        self.note()
         until = time.monotonic() + grace_s
-        while (left := self._now()) and time.monotonic() < until:
+        while (left := [p for p in self._seen if _is_alive(p)]) and time.monotonic() < until:
             psutil.wait_procs(left, timeout=POLL_S)
         return [_describe(p) for p in left]
 
-    def _now(self) -> list[psutil.Process]:
-        mine = {p.pid for p in psutil.Process(os.getpid()).children(recursive=True)}
-        return [
-            p
-            for p in psutil.process_iter()
-            if p.pid not in self._before and _is_alive(p) and (p.pid in mine or _is_ours(p))
-        ]
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process(os.getpid()).children(recursive=True)
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -39,14 +42,6 @@ def _is_alive(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def _is_ours(process: psutil.Process) -> bool:
-    try:
-        words = " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-    return any(mark in words for mark in ("cluster.process", "ray::", "raylet", "gcs_server"))
 
 
 def _describe(process: psutil.Process) -> str:

@@ -129,6 +129,7 @@ async def running_cluster(
                 if supervisor is not None:
                     supervisor.cancel()
                     await asyncio.wait([supervisor])
+        assert leftovers.note() >= len(cluster.pids)
         await controller.stop(5.0)
     assert leftovers.find() == []
 
