@@ -89,11 +89,16 @@ async def running(
     async with launcher:
         controller = Controller(config, launcher, tell)
         starting = asyncio.ensure_future(controller.start())
-        await (stop or _Signals()).wait_or(starting)
-        if not starting.done():
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await starting
+        try:
+            await (stop or _Signals()).wait_or(starting)
+        finally:
+            # Also when this task is cancelled: the start must end before its processes do.
+            is_interrupted = not starting.done()
+            if is_interrupted:
+                starting.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await starting
+        if is_interrupted:
             raise ConfigError("interrupted while starting; nothing was left running")
         tell(f"all processes are up after {time.monotonic() - began:.1f} s")
         yield controller
