@@ -19,6 +19,7 @@ from benchmarks.provenance import Provenance, slug
 from benchmarks.workload import Workload
 
 FORMAT_VERSION = 1
+MUCH_FOREIGN_CPU = 0.05
 
 
 class DeploymentFacts(msgspec.Struct, frozen=True):
@@ -128,6 +129,8 @@ def show(result: Result, console: Console) -> None:
             table.add_row(*row)
         console.print(table)
     console.print(f"[dim]{_legend(result)}[/dim]")
+    for line in _noise_lines(result):
+        console.print(f"[bold]{line}[/bold]")
 
 
 def markdown(result: Result) -> str:
@@ -141,6 +144,7 @@ def markdown(result: Result) -> str:
         *(f"- {line}" for line in _gate_lines(result)),
         f"- {_conditions(workload)}",
         f"- {_legend(result)}",
+        *(f"- {line}" for line in _noise_lines(result)),
     ]
     for rate_rps in workload.schedule.rates_rps:
         lines += ["", *_markdown_table(*rate_table(result, rate_rps))]
@@ -173,6 +177,16 @@ def _conditions(workload: Workload) -> str:
         f"after {schedule.warmup_s:g} s of warm-up, deployments in turn; the client runs on the "
         "same processors"
     )
+
+
+def _noise_lines(result: Result) -> list[str]:
+    most = max((s.cpu["foreign"] for s in result.segments if "foreign" in s.cpu), default=math.nan)
+    if math.isnan(most) or most < MUCH_FOREIGN_CPU:
+        return []
+    return [
+        f"noisy: in one window other processes used {most:.0%} of the machine; "
+        "repeat the run when it is idle"
+    ]
 
 
 def _gate_lines(result: Result) -> list[str]:

@@ -94,9 +94,9 @@ def main(
     \b
     Examples:
       make bench
-      python benchmarks/serve.py --rate 4 --repeats 1 --window-s 5
-      python benchmarks/serve.py -f my.yaml -f deploy/examples/colocated.yaml
-      python benchmarks/serve.py --against 127.0.0.1:50051
+      python -m benchmarks --rate 4 --repeats 1 --window-s 5
+      python -m benchmarks -f my.yaml -f deploy/examples/colocated.yaml
+      python -m benchmarks --against 127.0.0.1:50051
     """
     try:
         workload = _changed(load_workload(workload_path), rates_rps, repeats, window_s, seed)

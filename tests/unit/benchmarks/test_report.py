@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -88,6 +89,14 @@ def test_the_tables_fit_a_terminal(result: report.Result) -> None:
     report.show(result, Console(file=text, width=80))
     assert "50.0 / 50.0 / 50.0" in text.getvalue()
     assert "…" not in text.getvalue()
+
+
+def test_a_busy_machine_is_said(result: report.Result) -> None:
+    said = "in one window other processes used 25% of the machine"
+    assert said in report.markdown(result)
+    quiet = [msgspec.structs.replace(s, cpu={"foreign": 0.01}) for s in result.segments]
+    quiet_result = msgspec.structs.replace(result, segments=tuple(quiet))
+    assert "noisy" not in report.markdown(quiet_result)
 
 
 def test_provenance_holds_versions_and_no_path() -> None:
