@@ -7,7 +7,7 @@ import random
 
 from tests.support.clusters import Cluster, assert_no_residue, running_cluster, tiny_config
 from tests.support.prompts import prompt_of
-from tests.support.reference import assert_same, greedy
+from tests.support.reference import count_near_ties
 
 NUM_STREAMS = 64
 NUM_CANCELLED = 20
@@ -51,6 +51,5 @@ async def test_64_streams_of_which_20_are_cancelled(tmp_path):
         else:
             assert len(ids) == lengths[i]
         if ids:
-            expected = greedy(prompts[i], len(ids), ignore_eos=True)
-            num_ties += not assert_same(prompts[i], ids, expected)
+            num_ties += count_near_ties(prompts[i], ids)
     print(f"\n{NUM_STREAMS} streams, {NUM_CANCELLED} cancelled, {num_ties} near ties")

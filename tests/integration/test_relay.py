@@ -16,7 +16,7 @@ from tests.support.clusters import (
     tiny_config,
 )
 from tests.support.prompts import prompt_of
-from tests.support.reference import assert_same, greedy
+from tests.support.reference import count_near_ties, generate
 
 LENGTHS = [1, 2, 15, 16, 17, 33, 64, 100, 127, 128, 129, 200, 256, 300, 511, 513, 600, 48, 80, 31]
 NUM_TOKENS = 48
@@ -43,15 +43,14 @@ async def test_split_equals_colocated_equals_transformers(tmp_path):
         colocated = await _greedy_outputs(cluster, prompts)
         await assert_no_residue(cluster)
 
-    expected = [greedy(ids, NUM_TOKENS) for ids in prompts]
-    triples = zip(prompts, split, colocated, expected, strict=True)
-    same = [
-        (assert_same(ids, ours, theirs), assert_same(ids, one, theirs))
-        for ids, ours, one, theirs in triples
-    ]
-    num_ties = sum(not ok for pair in same for ok in pair)
-    print(f"\n{len(prompts)} prompts x {NUM_TOKENS} tokens: {num_ties} near ties")
-    assert num_ties <= 0.001 * sum(map(len, expected)) * 2
+    num_ties = sum(
+        count_near_ties(i, t) for i, t in zip(prompts * 2, split + colocated, strict=True)
+    )
+    num_tokens = sum(map(len, split + colocated))
+    print(f"\n{len(prompts)} prompts, {num_tokens} tokens: {num_ties} near ties")
+    assert num_ties <= 0.001 * num_tokens
+    if num_ties == 0:
+        assert split == colocated == [generate(ids, NUM_TOKENS) for ids in prompts]
 
     moved = [
         len(ids) * KV_BYTES_PER_TOKEN
@@ -142,7 +141,8 @@ async def test_decode_pool_far_too_small(tmp_path, num_streams):
     num_ties = 0
     for ids, n, completion in zip(prompts, lengths, completions, strict=True):
         ours = [t.token_id for t in completion.choices[0].tokens]
-        num_ties += not assert_same(ids, ours, greedy(ids, n, ignore_eos=True))
+        assert len(ours) == n
+        num_ties += count_near_ties(ids, ours)
     workers = {w.worker_id: w for w in loads.workers}
     print(
         f"\npreemptions {workers['d-0'].num_preemptions}, parked {workers['p-0'].num_parked}, "
