@@ -71,6 +71,8 @@ class BlockPool:
             )
         if len(set(self._free)) != len(self._free):
             problems.append("a block is free twice")
+        if any(self._owner[block] is not None for block in self._free):
+            problems.append("a free block has an owner")
         counts: dict[str, int] = {}
         for block in held:
             owner = self._owner[block]
