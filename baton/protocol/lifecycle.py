@@ -67,7 +67,7 @@ REQUEST_TRANSITIONS: Mapping[RequestState, Mapping[RequestEvent, RequestState]] 
 
 
 class SendState(StrEnum):
-    """The prefill end of a hand-over. It owns the source blocks in all but the terminal states."""
+    """The prefill end of a hand-over. Once prefill is done it owns the source blocks, until it ends."""
 
     RESERVING = "reserving"
     PARKED = "parked"

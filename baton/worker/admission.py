@@ -12,7 +12,7 @@ from baton.protocol.messages import RequestBody
 
 
 def refusal(body: RequestBody, kv_tokens: int, pool: BlockPool, vocab_size: int) -> str:
-    """"" when the request can run in ``pool``, else the reason it never will.
+    """The reason why the request can never run in ``pool``; empty when it can.
 
     kv_tokens: the most tokens whose KV this worker must hold at once for it.
     """
