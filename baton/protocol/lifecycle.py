@@ -67,7 +67,7 @@ REQUEST_TRANSITIONS: Mapping[RequestState, Mapping[RequestEvent, RequestState]] 
 
 
 class SendState(StrEnum):
-    """The prefill end of a hand-over. Once prefill is done it owns the source blocks, until it ends."""
+    """The prefill end of a hand-over. From the end of prefill on it owns the source blocks."""
 
     RESERVING = "reserving"
     PARKED = "parked"
