@@ -56,3 +56,16 @@ def count_near_ties(prompt_ids: Sequence[int], token_ids: Sequence[int]) -> int:
         f"{float(gap[worst]):.5f} better"
     )
     return int((best.indices != ours).sum())
+
+
+@torch.inference_mode()
+def reference_logprobs(prompt_ids: Sequence[int], num_tokens: int) -> torch.Tensor:
+    """Log-probabilities ``[num_tokens, vocab]`` along the reference's own greedy path."""
+    model = _model()
+    ids = list(prompt_ids)
+    rows = []
+    for _ in range(num_tokens):
+        row = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].float(), dim=-1)
+        rows.append(row)
+        ids.append(int(row.argmax()))
+    return torch.stack(rows)
