@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,7 +72,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
     default=RESULTS,
-    help="Folder for the JSON and the markdown page. Default: benchmarks/results.",
+    help="Folder for JSON, markdown page and logs of the processes. Default: benchmarks/results.",
 )
 def main(
     workload_path: Path,
@@ -138,9 +138,9 @@ async def _run(
     workload: Workload, planned: list[Planned], addresses: tuple[str, ...], folder: Path
 ) -> None:
     origin = provenance()
-    with Progress(sys.stderr) as progress, tempfile.TemporaryDirectory() as log_dir:
+    with Progress(sys.stderr) as progress:
         _warn(planned, progress)
-        async with started(planned, Path(log_dir), progress.tell) as deployments:
+        async with started(planned, _log_dir(folder), progress.tell) as deployments:
             deployments += [Deployment(address, address) for address in addresses]
             num_turns = sum(1 for _ in turns(workload.schedule, deployments))
             total_s = num_turns * segment_s(workload.schedule)
@@ -162,6 +162,14 @@ async def _run(
     report.show(result, Console(highlight=False))
     for path in report.write(result, folder):
         click.echo(f"written: {path}")
+
+
+def _log_dir(folder: Path) -> Path:
+    """Of this run only; it outlives a run that failed, when it is wanted."""
+    logs = folder / "logs"
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    return logs
 
 
 def _warn(planned: list[Planned], progress: Progress) -> None:
