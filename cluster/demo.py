@@ -32,6 +32,7 @@ import os
 def read_config(path, default=None):
     """Return the settings that are in the file.'''
 NUM_TOKENS = 120
+SEED = 1
 
 
 @click.command(help=__doc__)
@@ -83,7 +84,9 @@ async def _stream(
 ) -> Completion:
     console.rule("[dim]the prompt (dim) and what the cluster makes of it[/dim]")
     console.print(prompt, style="dim", end="", markup=False)
-    async with client.stream(prompt, max_tokens=max_tokens, temperature=0.0) as stream:
+    async with client.stream(
+        prompt, max_tokens=max_tokens, temperature=0.6, top_p=0.95, seed=SEED
+    ) as stream:
         async for chunk in stream:
             console.file.write(chunk.text)
             console.file.flush()
@@ -101,7 +104,7 @@ def _show_timeline(console: Console, completion: Completion) -> None:
     for name in ("hop", "start ms", "took ms", "what"):
         table.add_column(name, justify="right" if name.endswith("ms") else "left")
     for span in timeline.spans:
-        what = "  ".join(f"{key}={value}" for key, value in span.attributes.items())
+        what = "  ".join(f"{key}={value}" for key, value in sorted(span.attributes.items()))
         table.add_row(span.name, f"{span.start_ms:.1f}", f"{span.duration_ms:.1f}", what)
     console.print(table)
     tpot = "-" if timeline.tpot_ms is None else f"{timeline.tpot_ms:.2f} ms"
