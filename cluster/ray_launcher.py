@@ -15,7 +15,10 @@ import msgspec
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from baton.protocol.config import ClusterConfig, PoolConfig
 from baton.protocol.errors import BatonError, InternalError, Unavailable
@@ -152,9 +155,11 @@ class RayLauncher:
         return RayWorker(actor, msgspec.json.decode(info, type=WorkerInfo))
 
     async def start_router(self, spec: RouterSpec) -> RayRouter:
+        # Its ports are on the loopback interface of the machine on which they were asked for.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = (
             _remote(RouterActor)
-            .options(num_cpus=ROUTER_CPUS, max_concurrency=64)
+            .options(num_cpus=ROUTER_CPUS, max_concurrency=64, scheduling_strategy=here)
             .remote(msgspec.json.encode(spec))
         )
         info = await self._started(actor, spec.router_id)
