@@ -13,7 +13,8 @@ from baton.messaging.link import Link, make_hello
 from baton.protocol.clock import Clock
 from baton.protocol.messages import HelloReply, RouterAlive
 from baton.protocol.spec import WorkerInfo
-from router.decider import (
+from router.decider import RouterDecider, conflict
+from router.events import (
     Announced,
     ClientAbort,
     Connect,
@@ -26,10 +27,8 @@ from router.decider import (
     Gone,
     Greeted,
     Instruction,
-    RouterDecider,
     Tick,
     ToWorker,
-    conflict,
 )
 from router.frontend import GenerateSpec, Loads, ModelInfo, Output
 from router.mailbox import Mailbox

@@ -7,7 +7,6 @@ choice is over exactly once: with its last Output, or with a Failure.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from baton.protocol.config import RouterConfig
 from baton.protocol.errors import (
@@ -25,9 +24,7 @@ from baton.protocol.messages import (
     Abort,
     AnyMessage,
     Dispatch,
-    HelloReply,
     LoadReport,
-    Message,
     RequestFailed,
     TokenAck,
     TokenAckItem,
@@ -37,89 +34,28 @@ from baton.protocol.messages import (
 from baton.protocol.spec import WorkerInfo
 from router.choice import Choice
 from router.detokenizer import Detokenizer
-from router.frontend import GenerateSpec, Loads, Output
+from router.events import (
+    Announced,
+    ClientAbort,
+    Connect,
+    Deliver,
+    Disconnect,
+    DrainAll,
+    Event,
+    Failure,
+    FromWorker,
+    Gone,
+    Greeted,
+    Instruction,
+    Tick,
+    ToWorker,
+)
+from router.frontend import GenerateSpec, Loads
 from router.members import Members
 from router.placement import Placer
 
 QUEUE_PATIENCE_S = 15.0
 """How long a request that lost its worker waits for another before it fails."""
-
-
-@dataclass(frozen=True, slots=True)
-class Announced:
-    """The launcher started a worker."""
-
-    info: WorkerInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """The launcher knows that this incarnation is no more."""
-
-    worker_id: str
-    incarnation: str
-
-
-@dataclass(frozen=True, slots=True)
-class Greeted:
-    worker_id: str
-    reply: HelloReply
-
-
-@dataclass(frozen=True, slots=True)
-class FromWorker:
-    worker_id: str
-    message: AnyMessage
-
-
-@dataclass(frozen=True, slots=True)
-class ClientAbort:
-    """A client asked for it, or went away."""
-
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class DrainAll:
-    """Admit nothing new; what runs may finish."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    info: WorkerInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnect:
-    worker_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToWorker:
-    worker_id: str
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    output: Output
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """The whole request is over; all its choices are."""
-
-    request_id: str
-    error: BatonError
-
-
-Event = Announced | Gone | Greeted | FromWorker | ClientAbort | DrainAll | Tick
-Instruction = Connect | Disconnect | ToWorker | Deliver | Failure
 
 
 class RouterDecider:
