@@ -95,6 +95,28 @@ def test_the_serve_wheel_brings_the_model_and_the_examples(serve: Wheel) -> None
     assert not [name for name in serve.names if "client_wheel" in name or "__pycache__" in name]
 
 
+def test_the_model_is_found_by_name_from_the_wheel(serve: Wheel, tmp_path: Path) -> None:
+    """The wheel's contents alone on the path, far from this checkout."""
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(serve.path) as archive:
+        archive.extractall(installed)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from baton.checkpoint.find import resolve\n"
+        "from baton.checkpoint.spec import load_spec\n"
+        "folder = resolve('baton-tiny'); print(folder, load_spec(folder).vocab_size)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(installed)],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(installed / "deploy" / "models" / "baton-tiny"), "2048"]
+
+
 def test_the_serve_wheel_holds_every_module_of_the_tree(serve: Wheel) -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-z", *sorted(serve.top_level)],
