@@ -96,7 +96,6 @@ class DecodeDecider:
         self._outbox = TokenOutbox(worker_id, incarnation)
         self._routers = RouterLeases()
         self._jobs: dict[str, _Job] = {}
-        self._incoming_of: dict[str, RequestBody] = {}
 
     @property
     def has_step_in_flight(self) -> bool:
@@ -139,16 +138,15 @@ class DecodeDecider:
             case Abort(request_id, attempt):
                 self._abort(request_id, attempt, now)
             case TokenAck():
-                self._outbox.ack(message)
+                self._outbox.ack(message, now)
             case RouterAlive():
                 self._routers.seen(sender_id, now)
             case Reserve():
                 return self._reserve(peer_key, message, now)
             case LeaseRenew():
-                self._receiver.renew(peer_key, message, now)
+                return [*self._receiver.renew(peer_key, message, now)]
             case TransferCancel(transfer):
                 self._receiver.cancel(transfer, now)
-                self._incoming_of.pop(transfer, None)
         return []
 
     def _accept(self, body: RequestBody, now: float) -> list[object]:
@@ -168,14 +166,13 @@ class DecodeDecider:
     def _reserve(self, peer_key: str, ask: Reserve, now: float) -> list[object]:
         self._routers.seen(ask.body.router_id, now)
         transfer = ask.transfer_id
-        if transfer in self._incoming_of or self._scheduler.get(transfer) is not None:
+        if self._scheduler.get(transfer) is not None:
             return []
         code, reason, retryable = self._refusal(ask.body)
         if not code and transfer != transfer_id(RequestId(ask.body.request_id), ask.body.attempt):
             code, reason = "invalid_request", "the transfer id does not belong to the request"
         if code:
             return [ToPrefill(peer_key, Denied(transfer, code, reason, retryable))]
-        self._incoming_of[ask.transfer_id] = ask.body
         return [*self._receiver.reserve(peer_key, ask, now)]
 
     def _refusal(self, body: RequestBody) -> tuple[str, str, bool]:
@@ -192,17 +189,13 @@ class DecodeDecider:
         for seq_id, job in list(self._jobs.items()):
             if job.body.request_id == request_id and job.body.attempt <= attempt:
                 self._drop(seq_id)
-        for transfer, body in list(self._incoming_of.items()):
+        for transfer, body in self._receiver.bodies():
             if body.request_id == request_id and body.attempt <= attempt:
-                self._drop_incoming(transfer, now)
+                self._receiver.cancel(transfer, now)
 
     def _drop(self, seq_id: str) -> None:
         del self._jobs[seq_id]
         self._scheduler.drop(seq_id)
-
-    def _drop_incoming(self, transfer: str, now: float) -> None:
-        del self._incoming_of[transfer]
-        self._receiver.cancel(transfer, now)
 
     # --- transfers ----------------------------------------------------------------------
 
@@ -217,14 +210,18 @@ class DecodeDecider:
         passed: list[object] = []
         for instruction in instructions:
             if isinstance(instruction, Arrived):
-                self._join(instruction, now)
+                passed += self._join(instruction, now)
             else:
                 passed.append(instruction)
         return passed
 
-    def _join(self, arrived: Arrived, now: float) -> None:
-        body = self._incoming_of.pop(arrived.transfer_id)
+    def _join(self, arrived: Arrived, now: float) -> list[object]:
+        body = arrived.body
         outputs = [*body.output_ids, *arrived.token_ids]
+        if max(outputs) >= self._vocab_size or len(outputs) >= body.sampling.max_tokens:
+            self._pool.release(arrived.transfer_id, arrived.blocks)
+            reason = f"the prefill side drew {arrived.token_ids[-1]}, which nothing can follow"
+            return [self._failed(body, "transfer_failed", reason, True)]
         job = _Job(body, now, now + body.deadline_in_s, started_at=now)
         job.arrived = HopTimes(
             reserve_wait_s=arrived.reserve_wait_s,
@@ -246,6 +243,7 @@ class DecodeDecider:
                 num_computed=len(body.prompt_ids) + len(body.output_ids),
             )
         )
+        return []
 
     # --- steps --------------------------------------------------------------------------
 
@@ -306,17 +304,14 @@ class DecodeDecider:
     # --- time ---------------------------------------------------------------------------
 
     def _tick(self, now: float) -> list[object]:
-        instructions = self._received(self._receiver.tick(now), now)
-        for instruction in instructions:
-            if isinstance(instruction, ToPrefill) and isinstance(instruction.message, Denied):
-                self._incoming_of.pop(instruction.message.transfer_id, None)
+        instructions: list[object] = [*self._receiver.tick(now)]
         instructions += self._outbox.resend(now)
         gone = set(self._routers.expired(now))
         for router_id in gone:
             self._outbox.forget_router(router_id)
-        for transfer, body in list(self._incoming_of.items()):
+        for transfer, body in self._receiver.bodies():
             if body.router_id in gone:
-                self._drop_incoming(transfer, now)
+                self._receiver.cancel(transfer, now)
         for seq_id, job in list(self._jobs.items()):
             if job.body.router_id in gone:
                 self._drop(seq_id)

@@ -32,8 +32,8 @@ def cut_frames(
     group after the other, so that each layer's tokens arrive in order.
     """
     row_bytes = layout.bytes_per_token_layer
-    tokens_per_frame = min(num_tokens, max(1, max_frame_bytes // row_bytes))
-    layers_per_frame = max(1, max_frame_bytes // (row_bytes * max(1, tokens_per_frame)))
+    tokens_per_frame = max(1, min(num_tokens, max_frame_bytes // row_bytes))
+    layers_per_frame = max(1, max_frame_bytes // (row_bytes * tokens_per_frame))
     for layer in range(0, layout.num_layers, layers_per_frame):
         num_layers = min(layers_per_frame, layout.num_layers - layer)
         for token in range(token_start, token_start + num_tokens, tokens_per_frame):

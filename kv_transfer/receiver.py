@@ -21,6 +21,7 @@ from baton.protocol.messages import (
     Granted,
     KvFrame,
     LeaseRenew,
+    Message,
     RequestBody,
     Reserve,
     TransferAck,
@@ -61,11 +62,14 @@ class Receiver:
         self._config = config
         self._open: dict[str, _Incoming] = {}
         self._waiting: list[tuple[tuple[int, int], str]] = []
-        self._committed: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._committed: OrderedDict[str, tuple[int, str]] = OrderedDict()
+        """The last transfers that committed: (epoch, peer key)."""
         self._num_asked = 0
         self._next_epoch = 1
         self._watermark_blocks = int(engine.watermark * pool.num_blocks)
+        self._blocked_id = ""
         self.num_blocked = 0
+        """Reservations that had to wait for blocks."""
         self.num_corrupt = 0
         self.num_stale = 0
 
@@ -79,7 +83,7 @@ class Receiver:
 
     def reserve(self, peer_key: str, ask: Reserve, now: float) -> list[ReceiveInstruction]:
         """Idempotent; an answer comes at once only when it is no. ``grant`` says yes."""
-        if ask.transfer_id in self._open:
+        if ask.transfer_id in self._open or ask.transfer_id in self._committed:
             return []
         body = ask.body
         num_tokens = len(body.prompt_ids) + len(body.output_ids)
@@ -131,17 +135,22 @@ class Receiver:
             is_empty = self._pool.num_free == self._pool.num_blocks
             spare = 0 if is_empty else self._watermark_blocks
             if need + spare > self._pool.num_free:
-                self.num_blocked += 1
+                if transfer_id != self._blocked_id:
+                    self._blocked_id = transfer_id
+                    self.num_blocked += 1
                 break
             heapq.heappop(self._waiting)
             incoming.machine.move(ReceiveEvent.ROOM, now)
             incoming.blocks = tuple(self._pool.allocate(transfer_id, need))
             incoming.granted_at = incoming.renewed_at = now
             incoming.epoch = self._new_epoch()
-            granted = Granted(transfer_id, incoming.epoch, self._config.lease_s)
-            instructions.append(ToPrefill(incoming.peer_key, granted))
+            instructions.append(self._granted(transfer_id, incoming))
             seats -= 1
         return instructions
+
+    def _granted(self, transfer_id: str, incoming: _Incoming) -> ToPrefill:
+        granted = Granted(transfer_id, incoming.epoch, self._config.lease_s)
+        return ToPrefill(incoming.peer_key, granted)
 
     def _peek(self) -> tuple[str, _Incoming] | None:
         while self._waiting:
@@ -178,25 +187,27 @@ class Receiver:
     def end(self, end: TransferEnd, now: float) -> list[ReceiveInstruction]:
         """Commit, if each row of each layer came exactly once. The blocks leave with Arrived.
 
-        An end said again after a commit is acknowledged again.
+        An end said again after a commit is acknowledged again, and one of a dead epoch is
+        refused again: the first answer may have been lost with a connection.
         """
         incoming = self._current(end.transfer_id, end.epoch)
         if incoming is None:
-            peer_key = self._committed.get((end.transfer_id, end.epoch))
-            ack = TransferAck(end.transfer_id, end.epoch)
-            return [] if peer_key is None else [ToPrefill(peer_key, ack)]
+            return self._answer_again(end)
         coverage = incoming.coverage
         if (
             not coverage.is_complete
             or end.num_frames != coverage.num_frames
             or end.num_tokens != incoming.num_tokens
-            or not end.token_ids
+            or len(end.token_ids) != 1
         ):
-            reason = f"{coverage.num_frames} of {end.num_frames} frames arrived before the end"
+            reason = (
+                f"{coverage.num_frames} of {end.num_frames} frames, {incoming.num_tokens} of "
+                f"{end.num_tokens} tokens, {len(end.token_ids)} drawn at the end"
+            )
             return self._corrupt(end.transfer_id, incoming, reason, now)
         incoming.machine.move(ReceiveEvent.COMPLETE, now)
         del self._open[end.transfer_id]
-        self._committed[end.transfer_id, end.epoch] = incoming.peer_key
+        self._committed[end.transfer_id] = (end.epoch, incoming.peer_key)
         if len(self._committed) > MAX_REMEMBERED:
             self._committed.popitem(last=False)
         return [
@@ -212,6 +223,17 @@ class Receiver:
                 num_frames=coverage.num_frames,
             ),
         ]
+
+    def _answer_again(self, end: TransferEnd) -> list[ReceiveInstruction]:
+        epoch, peer_key = self._committed.get(end.transfer_id, (0, ""))
+        if epoch and epoch == end.epoch:
+            return [ToPrefill(peer_key, TransferAck(end.transfer_id, epoch))]
+        incoming = self._open.get(end.transfer_id)
+        if incoming is None or end.epoch >= incoming.epoch:
+            return []
+        reason = "frames of this epoch were refused"
+        nack = TransferNack(end.transfer_id, end.epoch, incoming.epoch, reason)
+        return [ToPrefill(incoming.peer_key, nack)]
 
     def _current(self, transfer_id: str, epoch: int) -> _Incoming | None:
         incoming = self._open.get(transfer_id)
@@ -235,11 +257,29 @@ class Receiver:
         return [ToPrefill(incoming.peer_key, nack)]
 
     def renew(self, peer_key: str, message: LeaseRenew, now: float) -> list[ReceiveInstruction]:
+        """Also says again what the prefill side seems not to have heard."""
+        instructions: list[ReceiveInstruction] = []
         for transfer_id in message.transfer_ids:
             incoming = self._open.get(transfer_id)
-            if incoming is not None and incoming.peer_key == peer_key:
+            if incoming is None:
+                instructions.append(ToPrefill(peer_key, self._farewell(transfer_id)))
+            elif incoming.peer_key == peer_key:
                 incoming.renewed_at = now
-        return []
+                is_reserved = incoming.machine.state is ReceiveState.RESERVED
+                if is_reserved and not incoming.coverage.num_frames:
+                    instructions.append(self._granted(transfer_id, incoming))
+        return instructions
+
+    def _farewell(self, transfer_id: str) -> Message:
+        """How a transfer ended that is open no more, or never was."""
+        committed = self._committed.get(transfer_id)
+        if committed is not None:
+            return TransferAck(transfer_id, committed[0])
+        return Denied(transfer_id, "transfer_failed", "the decode side has dropped it", True)
+
+    def bodies(self) -> list[tuple[str, RequestBody]]:
+        """(transfer id, request) of all that is open."""
+        return [(transfer_id, incoming.body) for transfer_id, incoming in self._open.items()]
 
     def cancel(self, transfer_id: str, now: float) -> bool:
         """Idempotent; the blocks are free at once, for the id is refused from now on."""

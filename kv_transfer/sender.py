@@ -121,7 +121,11 @@ class Sender:
 
     def nacked(self, message: TransferNack, now: float) -> list[SendInstruction]:
         out = self._open.get(message.transfer_id)
-        if out is None or out.epoch != message.dead_epoch:
+        if (
+            out is None
+            or out.epoch != message.dead_epoch
+            or not out.machine.allows(SendEvent.NACKED)
+        ):
             return []
         out.num_resends += 1
         if out.num_resends > self._config.max_resends:

@@ -130,7 +130,7 @@ class PrefillDecider:
             case Abort(request_id, attempt):
                 return self._abort(request_id, attempt, now)
             case TokenAck():
-                self._outbox.ack(message)
+                self._outbox.ack(message, now)
             case RouterAlive():
                 self._routers.seen(sender_id, now)
         return []

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from baton.protocol.messages import MAX_BATCH_ITEMS, TokenAck, TokenBatch, TokenItem
+from baton.protocol.messages import TokenAck, TokenBatch, TokenItem
 from baton.worker.events import ToRouter
 
 RESEND_AFTER_S = 1.0
+RESEND_ITEMS = 4_096
+"""In one message: with all logprobs an item has some 400 bytes, and messages have a cap."""
 
 
 @dataclass(slots=True)
 class _Stream:
     router_id: str
     unacked: list[TokenItem] = field(default_factory=list)
-    sent_at: float = 0.0
+    waits_since: float = 0.0
+    """When the oldest of them was sent, or the last acknowledgement of older ones came."""
 
 
 class TokenOutbox:
@@ -34,8 +37,9 @@ class TokenOutbox:
 
     def put(self, router_id: str, item: TokenItem, now: float) -> None:
         stream = self._streams.setdefault((item.request_id, item.attempt), _Stream(router_id))
+        if not stream.unacked:
+            stream.waits_since = now
         stream.unacked.append(item)
-        stream.sent_at = now
         self._fresh.setdefault(router_id, []).append(item)
 
     def flush(self) -> list[ToRouter]:
@@ -44,33 +48,35 @@ class TokenOutbox:
         self._fresh = {}
         return batches
 
-    def ack(self, ack: TokenAck) -> None:
+    def ack(self, ack: TokenAck, now: float) -> None:
         for item in ack.items:
             key = (item.request_id, item.attempt)
             stream = self._streams.get(key)
             if stream is None:
                 continue
-            stream.unacked = [t for t in stream.unacked if t.seq + len(t.token_ids) > item.next_seq]
-            if not stream.unacked:
+            unacked = [t for t in stream.unacked if t.seq + len(t.token_ids) > item.next_seq]
+            if not unacked:
                 del self._streams[key]
+            elif len(unacked) < len(stream.unacked):
+                stream.unacked, stream.waits_since = unacked, now
 
     def resend(self, now: float) -> list[ToRouter]:
         """What has waited too long for its acknowledgement, again."""
         late: dict[str, list[TokenItem]] = {}
         for stream in self._streams.values():
-            if now - stream.sent_at > RESEND_AFTER_S:
-                stream.sent_at = now
+            if now - stream.waits_since > RESEND_AFTER_S:
+                stream.waits_since = now
                 late.setdefault(stream.router_id, []).extend(stream.unacked)
         return [
-            self._batch(router_id, items[start : start + MAX_BATCH_ITEMS])
+            self._batch(router_id, items[start : start + RESEND_ITEMS])
             for router_id, items in late.items()
-            for start in range(0, len(items), MAX_BATCH_ITEMS)
+            for start in range(0, len(items), RESEND_ITEMS)
         ]
 
     def forget(self, request_id: str, attempt: int) -> None:
         """Drop this attempt's tokens and those of all older ones: nobody wants them."""
-        for old in range(attempt + 1):
-            self._streams.pop((request_id, old), None)
+        for key in [k for k in self._streams if k[0] == request_id and k[1] <= attempt]:
+            del self._streams[key]
 
     def forget_router(self, router_id: str) -> None:
         for key in [k for k, s in self._streams.items() if s.router_id == router_id]:
