@@ -444,7 +444,7 @@ def test_without_faults_every_row_arrives_and_nothing_is_sent_twice() -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_long_run_with_few_faults_comes_to_rest(seed: int) -> None:
     """Deeper than the rules above get: hundreds of turns, a fault in twenty."""
     rng = random.Random(seed)
