@@ -22,7 +22,8 @@ from cluster.serve import LauncherName, run
 @click.option(
     "--ray-address",
     metavar="HOST:PORT",
-    help="Join this Ray cluster. Default: start one for this machine.",
+    help="Join this Ray cluster; auto is the one that this machine is a node of. "
+    "Default: start one for this machine alone.",
 )
 @click.option(
     "--log-dir",
@@ -46,7 +47,7 @@ def command(
     Examples:
       baton serve -f deploy/examples/local.yaml
       baton serve -f deploy/examples/local.yaml --launcher process --json
-      baton serve -f my.yaml --ray-address 10.0.0.5:6379
+      baton serve -f deploy/examples/on-prem.yaml --ray-address auto
     """
     if config_path is None:
         raise click.UsageError("name the file: baton serve -f deploy/examples/local.yaml")
