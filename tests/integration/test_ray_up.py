@@ -72,9 +72,9 @@ class Deployment:
 
 
 @pytest.fixture
-def deployment() -> Iterator[Deployment]:
+def deployment(capfd: pytest.CaptureFixture[str]) -> Iterator[Deployment]:
     # Not pytest's folder: Ray puts sockets below it, whose paths may have 107 bytes.
-    root = Path(tempfile.mkdtemp(prefix="baton-", dir="/tmp"))
+    root = Path(tempfile.mkdtemp(prefix="rayup-", dir="/tmp"))
     every_login = {
         "PYTHONPATH": str(ROOT),
         # A node gives a silent head up after a minute; here sooner.
@@ -85,7 +85,8 @@ def deployment() -> Iterator[Deployment]:
             yield _deployment(root, ssh, nodes)
     except SshdCannotRun as exc:
         reason = f"`ray up` was NOT tested: no machine to ssh into. {exc}"
-        print(reason, file=sys.__stderr__, flush=True)
+        with capfd.disabled():
+            print(f"\n{reason}", flush=True)
         pytest.skip(reason)
     finally:
         shutil.rmtree(_control_folder(root.name), ignore_errors=True)
@@ -121,11 +122,12 @@ def _deployment(root: Path, ssh: SshClient, nodes: list[SshNode]) -> Deployment:
                 "deploy/examples/on-prem.yaml": str(placement),
                 "wheels: dist": f"wheels: {wheels}",
                 "6379": str(free_port(ADDRESSES)),
-                # Three nodes share one set of ports here, with other Rays of this machine.
+                # Here three nodes share ports, with other Rays of this machine, and would share
+                # the sockets in Ray's folder: a worker takes the head's path where none is given.
                 "ray start --head": f"ray start --head --dashboard-port={free_port(ADDRESSES)} "
                 f"--ray-client-server-port={free_port(ADDRESSES)}",
-                "bin/ray start": "bin/ray start --min-worker-port=0 --max-worker-port=0 "
-                "--dashboard-agent-listen-port=0",
+                "bin/ray start": "bin/ray start --temp-dir=$RAY_TMPDIR/ray "
+                "--min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0",
             },
         )
     )
@@ -231,6 +233,7 @@ def test_ray_up_serve_one_request_ray_down(deployment: Deployment) -> None:
     deployment.ray("get-auth-token", "--generate", timeout_s=UP_S)
     deployment.ray("up", "-y", str(deployment.yaml), timeout_s=UP_S)
     _wait_until_active(deployment, len(ADDRESSES))
+    _assert_refused_without_the_token(deployment)
 
     with _serving(deployment) as (serve, described):
         assert described["router"]["grpc_address"] == deployment.grpc_address
@@ -263,6 +266,16 @@ def test_ray_up_serve_one_request_ray_down(deployment: Deployment) -> None:
 
     deployment.ray("down", "-y", str(deployment.yaml), timeout_s=UP_S)
     assert _left(deployment) == []
+
+
+def _assert_refused_without_the_token(deployment: Deployment) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        deployment.ssh.run(
+            deployment.head,
+            f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'0' * 64} ~/baton/venv/bin/ray status",
+            STOP_S,
+        )
+    assert "AuthenticationError" in refused.value.stderr
 
 
 def _assert_actors_of_this_cluster(deployment: Deployment, described: dict[str, Any]) -> None:

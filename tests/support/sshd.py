@@ -20,13 +20,13 @@ from pathlib import Path
 
 import psutil
 
-OWN_PROCESS_TABLE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
-"""util-linux. The node's processes end with its sshd, however that ends."""
-AS_ORDINARY_USER = ("--user", "--map-current-user")
-"""Where the kernel lets users who are not root have namespaces."""
+UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+OWN_PROCESS_TABLE = ("setpriv", "--pdeathsig", "KILL", *UNSHARE)
+"""util-linux; needs root, for in a user namespace sshd cannot hand out terminals. A node's
+processes end with its sshd, and that with whoever started it, however that ends."""
 CONNECT_TIMEOUT_S = 10.0
 CONNECT_POLL_S = 0.1
-PROGRAMS = ("ssh", "ssh-keygen", "rsync", "sshd")
+PROGRAMS = ("ssh", "ssh-keygen", "rsync", "sshd", "setpriv", "unshare")
 
 
 class SshdCannotRun(Exception):
@@ -59,10 +59,10 @@ class SshClient:
     def command(self, node: SshNode, remote: str, *options: str) -> list[str]:
         return [str(self.path / "ssh"), *options, f"{self.user}@{node.address}", remote]
 
-    def run(self, node: SshNode, remote: str, timeout_s: float) -> str:
+    def run(self, node: SshNode, remote: str, timeout_s: float, *options: str) -> str:
         """What it printed. Raises CalledProcessError and TimeoutExpired."""
         return subprocess.run(
-            self.command(node, remote),
+            self.command(node, remote, *options),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -71,19 +71,13 @@ class SshClient:
         ).stdout
 
 
-def own_process_table() -> list[str]:
-    """What to put before a command that shall see its own processes only. Raises
-    SshdCannotRun."""
-    command = [*OWN_PROCESS_TABLE, *(() if os.geteuid() == 0 else AS_ORDINARY_USER)]
-    if _find(command[0]) is None:
-        raise SshdCannotRun(f"not installed: {command[0]} (util-linux)")
-    done = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+def _check_process_tables() -> None:
+    done = subprocess.run([*OWN_PROCESS_TABLE, "true"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SshdCannotRun(
-            f"no process table for a node, so that `ray stop` on it would end every other Ray of "
-            f"this machine: {' '.join(command)}: {done.stderr.strip()}"
+            "nodes would share the processes of this machine, and `ray stop` on one would end "
+            f"every Ray here; `{' '.join(OWN_PROCESS_TABLE)}` needs root: {done.stderr.strip()}"
         )
-    return command
 
 
 @contextlib.contextmanager
@@ -95,8 +89,10 @@ def ssh_nodes(
     programs = {name: _find(name) for name in PROGRAMS}
     missing = [name for name, found in programs.items() if found is None]
     if missing:
-        raise SshdCannotRun(f"not installed: {', '.join(missing)} (openssh-server, rsync)")
-    isolated = own_process_table()
+        raise SshdCannotRun(
+            f"not installed: {', '.join(missing)} (openssh-server, rsync, util-linux)"
+        )
+    _check_process_tables()
     port = free_port(addresses)
     client = _client(root, port, str(programs["ssh"]))
     with contextlib.ExitStack() as stack:
@@ -109,7 +105,7 @@ def ssh_nodes(
             (home / ".bashrc").write_text(f'export PATH="{client.path}:$PATH"\n')
             shown = {**environment, "HOME": str(home), "TMPDIR": str(tmp), "RAY_TMPDIR": str(tmp)}
             config = _sshd_config(place, client, address, port, shown)
-            daemon = stack.enter_context(_running([*isolated, str(programs["sshd"])], config))
+            daemon = stack.enter_context(_running(str(programs["sshd"]), config))
             nodes.append(SshNode(address, port, home, tmp, daemon))
         for node in nodes:
             _wait_until_usable(client, node)
@@ -177,8 +173,8 @@ def _sshd_config(
 
 
 @contextlib.contextmanager
-def _running(sshd: list[str], config: Path) -> Iterator[psutil.Process]:
-    command = [*sshd, "-D", "-e", "-f", str(config)]
+def _running(sshd: str, config: Path) -> Iterator[psutil.Process]:
+    command = [*OWN_PROCESS_TABLE, sshd, "-D", "-e", "-f", str(config)]
     with (config.parent / "sshd.log").open("wb") as log:
         started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
@@ -201,7 +197,8 @@ def _wait_until_usable(client: SshClient, node: SshNode) -> None:
             break
         pause.wait(CONNECT_POLL_S)
     try:
-        home = client.run(node, "echo $HOME", CONNECT_TIMEOUT_S).strip()
+        # With a terminal, as Ray logs in.
+        home = client.run(node, "echo $HOME", CONNECT_TIMEOUT_S, "-tt").strip()
     except subprocess.SubprocessError as exc:
         log = (node.home.parent / "sshd.log").read_text()
         said = getattr(exc, "stderr", "") or ""
