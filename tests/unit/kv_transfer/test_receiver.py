@@ -59,7 +59,7 @@ def reserved(**engine: Any) -> tuple[Receiver, BlockPool]:
 
 def arrived(blocks: tuple[int, ...], num_frames: int, transfer_s: float) -> Arrived:
     num_bytes = 20 * LAYOUT.bytes_per_token
-    return Arrived(T, BODY, (5,), blocks, 2.0, transfer_s, num_bytes, num_frames)
+    return Arrived(T, BODY, (5,), blocks, 1.0, 2.0, transfer_s, num_bytes, num_frames)
 
 
 def test_frames_are_written_and_the_end_commits() -> None:

@@ -1,0 +1,324 @@
+"""``assert decider.handle(event, now) == [instructions]`` along the ways of a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
+from baton.engine.scheduler import Scheduler
+from baton.protocol.messages import (
+    Abort,
+    Dispatch,
+    Granted,
+    HopTimes,
+    LeaseRenew,
+    RequestBody,
+    RequestFailed,
+    Reserve,
+    RouterAlive,
+    TokenAck,
+    TokenAckItem,
+    TokenBatch,
+    TokenItem,
+    TransferAck,
+    TransferCancel,
+    TransferEnd,
+    TransferNack,
+    WorkerRef,
+)
+from baton.worker.events import (
+    FromPeer,
+    RunStep,
+    ShellFacts,
+    StepDone,
+    StepRaised,
+    StepWanted,
+    Tick,
+    ToRouter,
+)
+from kv_transfer.instructions import CancelPush, PushEnd, PushKv, ToDecode
+from kv_transfer.sender import Sender
+from prefill_worker.decider import DecodeRefused, FromDecode, PrefillDecider
+from tests.support.core import (
+    DECODE,
+    EOS_ID,
+    LAYOUT,
+    VOCAB_SIZE,
+    body,
+    engine_config,
+    run_plan,
+    transfer_config,
+)
+
+T = "r/0"
+CANCELLED = [ToDecode(DECODE, TransferCancel(T)), CancelPush(T)]
+
+
+class Prefill:
+    def __init__(self, **engine: Any) -> None:
+        config = engine_config(**engine)
+        self.pool = BlockPool(config.num_blocks, config.block_size)
+        scheduler = Scheduler(self.pool, config, frozenset([EOS_ID]))
+        sender = Sender(self.pool, LAYOUT, transfer_config())
+        self.decider = PrefillDecider("p-0", "inc-p", self.pool, scheduler, sender, VOCAB_SIZE)
+
+    def __call__(self, event: object, now: float = 0.0) -> list[Any]:
+        return self.decider.handle(event, now)
+
+    def tell(self, message: Any, now: float = 0.0) -> list[Any]:
+        return self(FromPeer("router-0|1", "router-0", "router", message), now)
+
+    def answer(self, message: Any, now: float = 0.0) -> list[Any]:
+        return self(FromDecode(DECODE, message), now)
+
+    def step(self, now: float = 0.0, token_id: int | None = None) -> list[Any]:
+        """Schedule and complete; what came of both."""
+        first = self(StepWanted(), now)
+        [plan] = [i.plan for i in first if isinstance(i, RunStep)]
+        result = run_plan(plan)
+        if token_id is not None:
+            sampled = tuple(SampledToken(s.seq_id, token_id) for s in result.sampled)
+            result = StepResult(result.step, sampled, 0.0)
+        return [*first, *self(StepDone(result), now)]
+
+    def idle(self) -> None:
+        """Nothing is left, and the worker says so itself."""
+        report = self.decider.report(ShellFacts(0, 0, "", 0))
+        assert report.integrity_errors == ()
+        assert report.num_free_blocks == report.num_blocks
+        assert (report.num_transfers, report.num_running, report.num_waiting) == (0, 0, 0)
+
+
+def dispatch(request: RequestBody, decode: WorkerRef | None = DECODE) -> Dispatch:
+    return Dispatch(request, decode)
+
+
+def ack(next_seq: int) -> TokenAck:
+    return TokenAck((TokenAckItem("r", 0, next_seq),))
+
+
+def tokens(item: TokenItem) -> ToRouter:
+    return ToRouter("router-0", TokenBatch("p-0", "inc-p", (item,)))
+
+
+def failed(code: str, message: str, retryable: bool, suspect: str = "", **to: str) -> ToRouter:
+    hop = to.get("hop", "prefill")
+    failure = RequestFailed("r", 0, code, message, retryable, hop, suspect)
+    return ToRouter("router-0", failure)
+
+
+def reserve(request: RequestBody) -> ToDecode:
+    return ToDecode(DECODE, Reserve(T, LAYOUT.fingerprint(), request))
+
+
+def parked(prefill: Prefill, request: RequestBody) -> None:
+    prefill.tell(dispatch(request))
+    prefill.step()
+
+
+def test_the_first_token_goes_to_the_router_and_the_kv_to_the_decode_worker() -> None:
+    prefill = Prefill()
+    request = body("r", 20, max_tokens=4)
+    assert prefill.tell(dispatch(request), 1.0) == []
+    chunk = SequenceChunk(T, tuple(range(16)), 0, (0, 1), False, request.sampling)
+    later = msgspec.structs.replace(request, deadline_in_s=599.0)
+    assert prefill(StepWanted(), 2.0) == [RunStep(StepPlan(1, (chunk,))), reserve(later)]
+    assert prefill(StepDone(StepResult(1, (), 0.1)), 3.0) == []
+    granted = prefill.answer(Granted(T, 7, 10.0), 3.0)
+    assert granted == [PushKv(DECODE, T, 7, 0, (0, 1), 0, 16)]
+    rest = SequenceChunk(T, (16, 17, 18, 19), 16, (0, 1, 2), True, request.sampling)
+    assert prefill(StepWanted(), 3.0) == [RunStep(StepPlan(2, (rest,)))]
+    hop = HopTimes(queued_s=1.0, prefill_s=2.0, num_chunks=2)
+    assert prefill(StepDone(StepResult(2, (SampledToken(T, 42),), 0.1)), 4.0) == [
+        tokens(TokenItem("r", 0, 0, (42,), hop=hop)),
+        PushKv(DECODE, T, 7, 1, (0, 1, 2), 16, 4),
+        PushEnd(DECODE, TransferEnd(T, 7, 2, 20, (42,))),
+    ]
+    assert prefill.tell(ack(1), 4.0) == []
+    assert prefill.decider.num_open == 1, "the KV is not acknowledged"
+    assert prefill.answer(TransferAck(T, 7), 5.0) == [CancelPush(T)]
+    assert prefill.decider.num_open == 0
+    prefill.idle()
+
+
+def test_an_end_at_the_first_token_cancels_the_reservation() -> None:
+    prefill = Prefill()
+    request = body("r", 4, max_tokens=4)
+    prefill.tell(dispatch(request))
+    hop = HopTimes(num_chunks=1)
+    item = TokenItem("r", 0, 0, (EOS_ID,), finish_reason="stop", hop=hop)
+    chunk = SequenceChunk(T, (0, 1, 2, 3), 0, (0,), True, request.sampling)
+    assert prefill.step(token_id=EOS_ID) == [
+        RunStep(StepPlan(1, (chunk,))),
+        reserve(request),
+        tokens(item),
+        *CANCELLED,
+    ]
+    prefill.idle()
+    assert prefill.answer(Granted(T, 7, 10.0)) == CANCELLED[:1], "the grant crossed it"
+
+
+def test_one_token_alone_asks_for_no_room() -> None:
+    for request, seq in ((body("r", 4, max_tokens=1), 0), (body("r", 4, output=(9,) * 3), 3)):
+        prefill = Prefill()
+        prefill.tell(dispatch(request))
+        [run, batch] = prefill.step(token_id=5)
+        assert isinstance(run, RunStep)
+        item = TokenItem("r", 0, seq, (5,), finish_reason="length", hop=HopTimes(num_chunks=1))
+        assert batch == tokens(item)
+        prefill.idle()
+
+
+def test_parked_then_granted() -> None:
+    prefill = Prefill()
+    parked(prefill, body("r", 12))
+    report = prefill.decider.report(ShellFacts(0, 0, "", 0))
+    assert (report.num_parked, report.num_free_blocks) == (1, 14)
+    pushed = prefill.answer(Granted(T, 3, 10.0), 9.0)
+    assert [type(i) for i in pushed] == [PushKv, PushEnd]
+    prefill.answer(TransferAck(T, 3))
+    prefill.idle()
+
+
+def test_a_nack_sends_again_and_too_many_fail_the_request() -> None:
+    prefill = Prefill()
+    parked(prefill, body("r", 12))
+    prefill.answer(Granted(T, 3, 10.0))
+    for dead in (3, 4):
+        cancel, push, end = prefill.answer(TransferNack(T, dead, dead + 1, "checksum"))
+        assert (cancel, push.epoch, push.first_index) == (CancelPush(T), dead + 1, 0)
+        assert end.end.epoch == dead + 1
+    suspect = failed("transfer_failed", "checksum; sent 3 times", True, "d-0", hop="transfer")
+    assert prefill.answer(TransferNack(T, 5, 6, "checksum")) == [*CANCELLED, suspect]
+    prefill.idle()
+
+
+def test_a_refused_decode_worker_fails_the_request_at_once() -> None:
+    prefill = Prefill()
+    prefill.tell(dispatch(body("r", 12)))
+    prefill(StepWanted())
+    assert prefill(DecodeRefused(DECODE, "version")) == [
+        CancelPush(T),
+        failed("incompatible_peer", "version", True, "d-0", hop="transfer"),
+    ]
+    assert prefill.pool.num_free == 14, "the engine may be writing still"
+    chunk_done = StepResult(1, (SampledToken(T, 3),), 0.0)
+    assert prefill(StepDone(chunk_done)) == []
+    prefill.idle()
+
+
+def test_a_dispatch_said_twice_runs_once() -> None:
+    prefill = Prefill()
+    request = body("r", 4)
+    prefill.tell(dispatch(request))
+    assert prefill.tell(dispatch(request)) == []
+    prefill.step()
+    assert prefill.tell(dispatch(request)) == [], "nor while its KV is on its way"
+    assert prefill(StepWanted()) == []
+
+
+def test_abort_is_idempotent_and_reaches_every_state() -> None:
+    for num_steps in (0, 1, 2):
+        prefill = Prefill()
+        prefill.tell(dispatch(body("r", 20)))
+        for _ in range(num_steps):
+            prefill.step()
+        said = prefill.tell(Abort("r", 0))
+        assert said == (CANCELLED if num_steps else [])
+        assert prefill.tell(Abort("r", 0)) == []
+        assert prefill.decider.num_open == 0
+        prefill.idle()
+
+
+def test_abort_in_flight_frees_when_the_step_is_done() -> None:
+    prefill = Prefill()
+    prefill.tell(dispatch(body("r", 4)))
+    prefill(StepWanted())
+    assert prefill.tell(Abort("r", 0)) == CANCELLED
+    assert prefill.pool.num_free == 15
+    assert prefill(StepDone(StepResult(1, (SampledToken(T, 3),), 0.0))) == []
+    prefill.idle()
+
+
+def test_abort_spares_a_newer_attempt() -> None:
+    prefill = Prefill()
+    prefill.tell(dispatch(body("r", 4, attempt=1)))
+    assert prefill.tell(Abort("r", 0)) == []
+    assert prefill.decider.num_open == 1
+    assert prefill.tell(Abort("r", 2**62)) == []
+    assert prefill.decider.num_open == 0
+
+
+def test_the_deadline_ends_a_request_in_every_state() -> None:
+    message = "the deadline passed in the prefill worker"
+    late = failed("deadline_exceeded", message, False)
+    for num_steps in (0, 1, 2):
+        prefill = Prefill()
+        prefill.tell(dispatch(body("r", 20, deadline_in_s=5.0)))
+        for _ in range(num_steps):
+            prefill.step()
+        prefill.tell(ack(1))
+        prefill.tell(RouterAlive(1), 5.0)
+        before = prefill(Tick(), 5.0)
+        assert before == ([ToDecode(DECODE, LeaseRenew((T,)))] if num_steps else [])
+        assert prefill(Tick(), 5.1) == [*(CANCELLED if num_steps else []), late]
+        assert prefill(Tick(), 5.2) == []
+        prefill.idle()
+
+
+def test_the_requests_of_a_silent_router_are_dropped() -> None:
+    prefill = Prefill()
+    prefill.tell(dispatch(body("r", 20)))
+    prefill.tell(dispatch(body("s", 4, router_id="router-1")))
+    prefill.tell(RouterAlive(1), 5.0)
+    assert prefill(Tick(), 10.1) == []
+    assert prefill.decider.num_open == 1
+    assert prefill(Tick(), 15.1) == []
+    assert prefill.decider.num_open == 0
+    prefill.idle()
+
+
+def test_a_step_that_raises_costs_its_own_requests() -> None:
+    prefill = Prefill(max_num_batched_tokens=16)
+    first, second = body("r", 16), body("s", 8)
+    prefill.tell(dispatch(first))
+    prefill.tell(dispatch(second))
+    prefill(StepWanted())
+    assert prefill(StepRaised("boom")) == [*CANCELLED, failed("internal", "boom", True, "p-0")]
+    [run, _, batch] = prefill.step()
+    assert [c.seq_id for c in run.plan.chunks] == ["s/0"]
+    assert batch.message.items[0].request_id == "s"
+    prefill.tell(Abort("s", 0))
+    prefill.idle()
+
+
+def test_what_cannot_run_is_refused_with_the_reason() -> None:
+    prefill = Prefill(num_blocks=2)
+    for request, reason in (
+        (body("r", 17), "KV of 17 tokens never fits into the pool's 16"),
+        (body("r", ()), "the prompt has no tokens"),
+        (body("r", (VOCAB_SIZE,)), "token ids must be below the vocabulary's 1000"),
+        (body("r", 2, output=(1, 2), max_tokens=2), "2 tokens are there already"),
+    ):
+        [refused] = prefill.tell(dispatch(request))
+        assert refused.message.code == "invalid_request"
+        assert refused.message.message.startswith(reason)
+        assert not refused.message.retryable
+    [refused] = prefill.tell(dispatch(body("r", 4), None))
+    assert refused.message.code == "internal"
+    prefill.idle()
+
+
+def test_a_token_that_was_not_acknowledged_is_sent_again_after_the_request() -> None:
+    prefill = Prefill()
+    prefill.tell(dispatch(body("r", 4, max_tokens=1)))
+    [_, batch] = prefill.step(1.0)
+    assert prefill.decider.num_open == 1
+    assert prefill(Tick(), 1.5) == []
+    assert prefill(Tick(), 2.5) == [batch]
+    prefill.tell(ack(1), 2.5)
+    assert prefill(Tick(), 9.0) == []
+    assert prefill.decider.num_open == 0
