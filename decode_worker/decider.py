@@ -20,15 +20,13 @@ from baton.protocol.messages import (
     LeaseRenew,
     LoadReport,
     RequestBody,
-    RequestFailed,
     Reserve,
-    RouterAlive,
-    TokenAck,
     TokenItem,
     TransferCancel,
     TransferEnd,
 )
 from baton.worker.admission import refusal
+from baton.worker.desk import RouterDesk
 from baton.worker.events import (
     FromPeer,
     RunStep,
@@ -37,10 +35,7 @@ from baton.worker.events import (
     StepRaised,
     StepWanted,
     Tick,
-    ToRouter,
 )
-from baton.worker.outbox import TokenOutbox
-from baton.worker.router_leases import RouterLeases
 from kv_transfer.frames import RAW
 from kv_transfer.instructions import Arrived, ReceiveInstruction, ToPrefill
 from kv_transfer.receiver import Receiver
@@ -93,8 +88,7 @@ class DecodeDecider:
         self._scheduler = scheduler
         self._receiver = receiver
         self._vocab_size = vocab_size
-        self._outbox = TokenOutbox(worker_id, incarnation)
-        self._routers = RouterLeases()
+        self._desk = RouterDesk(worker_id, incarnation, role, self._holds)
         self._jobs: dict[str, _Job] = {}
 
     @property
@@ -103,7 +97,7 @@ class DecodeDecider:
 
     @property
     def num_open(self) -> int:
-        return len(self._jobs) + self._receiver.num_open + self._outbox.num_streams
+        return len(self._jobs) + self._receiver.num_open + self._desk.num_streams
 
     def handle(self, event: object, now: float) -> list[object]:
         return [*self._react(event, now), *self._grant(now)]
@@ -133,20 +127,18 @@ class DecodeDecider:
     ) -> list[object]:
         match message:
             case Dispatch(body, _):
-                self._routers.seen(body.router_id, now)
+                self._desk.seen(body.router_id, now)
                 return self._accept(body, now)
             case Abort(request_id, attempt):
                 self._abort(request_id, attempt, now)
-            case TokenAck():
-                self._outbox.ack(message, now)
-            case RouterAlive():
-                self._routers.seen(sender_id, now)
             case Reserve():
                 return self._reserve(peer_key, message, now)
             case LeaseRenew():
                 return [*self._receiver.renew(peer_key, message, now)]
             case TransferCancel(transfer):
                 self._receiver.cancel(transfer, now)
+            case _:
+                return self._desk.handle(sender_id, message, now)
         return []
 
     def _accept(self, body: RequestBody, now: float) -> list[object]:
@@ -156,7 +148,7 @@ class DecodeDecider:
             return []
         code, reason, retryable = self._refusal(body)
         if code:
-            return [self._failed(body, code, reason, retryable)]
+            return [self._desk.failed(body, code, reason, retryable=retryable)]
         self._jobs[seq_id] = _Job(body, now, now + body.deadline_in_s)
         self._scheduler.add(
             Sequence(seq_id, body.prompt_ids, list(body.output_ids), body.sampling, body.priority)
@@ -164,7 +156,7 @@ class DecodeDecider:
         return []
 
     def _reserve(self, peer_key: str, ask: Reserve, now: float) -> list[object]:
-        self._routers.seen(ask.body.router_id, now)
+        self._desk.seen(ask.body.router_id, now)
         transfer = ask.transfer_id
         if self._scheduler.get(transfer) is not None:
             return []
@@ -185,7 +177,7 @@ class DecodeDecider:
         return ("invalid_request", reason, False) if reason else ("", "", False)
 
     def _abort(self, request_id: str, attempt: int, now: float) -> None:
-        self._outbox.forget(request_id, attempt)
+        self._desk.forget(request_id, attempt)
         for seq_id, job in list(self._jobs.items()):
             if job.body.request_id == request_id and job.body.attempt <= attempt:
                 self._drop(seq_id)
@@ -201,7 +193,7 @@ class DecodeDecider:
 
     def _grant(self, now: float) -> list[object]:
         """Preempted sequences come back before anything new is let in."""
-        if self._scheduler.num_waiting and self._role != "mixed":
+        if self._scheduler.num_waiting:
             return []
         seats = self._config.max_num_seqs - self._scheduler.num_running
         return [*self._receiver.grant(seats, now)]
@@ -221,8 +213,9 @@ class DecodeDecider:
         if max(outputs) >= self._vocab_size or len(outputs) >= body.sampling.max_tokens:
             self._pool.release(arrived.transfer_id, arrived.blocks)
             reason = f"the prefill side drew {arrived.token_ids[-1]}, which nothing can follow"
-            return [self._failed(body, "transfer_failed", reason, True)]
-        job = _Job(body, now, now + body.deadline_in_s, started_at=now)
+            return [self._desk.failed(body, "transfer_failed", reason, retryable=True)]
+        deadline_at = arrived.asked_at + body.deadline_in_s
+        job = _Job(body, now, deadline_at, started_at=now)
         job.arrived = HopTimes(
             reserve_wait_s=arrived.reserve_wait_s,
             transfer_s=arrived.transfer_s,
@@ -260,7 +253,7 @@ class DecodeDecider:
     def _book(self, news: list[NewToken], now: float) -> list[object]:
         for new in news:
             self._new_token(new, now)
-        return [*self._outbox.flush()]
+        return self._desk.flush()
 
     def _new_token(self, new: NewToken, now: float) -> None:
         sequence = new.sequence
@@ -289,26 +282,21 @@ class DecodeDecider:
             stop_token_id=new.stop_token_id,
             hop=hop,
         )
-        self._outbox.put(job.body.router_id, item, now)
+        self._desk.put(job.body.router_id, item, now)
         if new.finish_reason:
             del self._jobs[sequence.seq_id]
 
     def _step_raised(self, reason: str) -> list[object]:
         return [
-            self._failed(
-                self._jobs.pop(sequence.seq_id).body, "internal", reason, True, self._worker_id
-            )
+            self._desk.step_failed(self._jobs.pop(sequence.seq_id).body, reason)
             for sequence in self._scheduler.abandon_step()
         ]
 
     # --- time ---------------------------------------------------------------------------
 
     def _tick(self, now: float) -> list[object]:
-        instructions: list[object] = [*self._receiver.tick(now)]
-        instructions += self._outbox.resend(now)
-        gone = set(self._routers.expired(now))
-        for router_id in gone:
-            self._outbox.forget_router(router_id)
+        gone, instructions = self._desk.tick(now)
+        instructions += self._receiver.tick(now)
         for transfer, body in self._receiver.bodies():
             if body.router_id in gone:
                 self._receiver.cancel(transfer, now)
@@ -317,9 +305,12 @@ class DecodeDecider:
                 self._drop(seq_id)
             elif now > job.deadline_at:
                 self._drop(seq_id)
-                reason = "the deadline passed in the decode worker"
-                instructions.append(self._failed(job.body, "deadline_exceeded", reason, False))
+                instructions.append(self._desk.late(job.body))
         return instructions
+
+    def _holds(self, request_id: str, attempt: int) -> bool:
+        wanted = transfer_id(RequestId(request_id), attempt)
+        return wanted in self._jobs or wanted in self._receiver
 
     def report(self, facts: ShellFacts) -> LoadReport:
         scheduler, counts = self._scheduler, self._scheduler.counts
@@ -354,19 +345,3 @@ class DecodeDecider:
         if self._pool.owners:
             problems.append(f"blocks left with {sorted(self._pool.owners)[:4]}")
         return problems
-
-    def _failed(
-        self, body: RequestBody, code: str, message: str, retryable: bool, suspect: str = ""
-    ) -> ToRouter:
-        return ToRouter(
-            body.router_id,
-            RequestFailed(
-                body.request_id,
-                body.attempt,
-                code,
-                message[:2_000],
-                retryable,
-                self._role,
-                suspect,
-            ),
-        )

@@ -81,6 +81,8 @@ class Arrived:
     token_ids: tuple[int, ...]
     """Drawn by the prefill side, and already on their way to the client."""
     blocks: tuple[int, ...]
+    asked_at: float
+    """When room was first asked for; the request's deadline counts from here."""
     reserve_wait_s: float
     transfer_s: float
     num_bytes: int

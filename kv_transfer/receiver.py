@@ -77,6 +77,9 @@ class Receiver:
     def num_open(self) -> int:
         return len(self._open)
 
+    def __contains__(self, transfer_id: str) -> bool:
+        return transfer_id in self._open
+
     @property
     def num_reserved(self) -> int:
         return sum(1 for t in self._open.values() if t.machine.state is ReceiveState.RESERVED)
@@ -217,6 +220,7 @@ class Receiver:
                 incoming.body,
                 end.token_ids,
                 incoming.blocks,
+                asked_at=incoming.asked_at,
                 reserve_wait_s=incoming.granted_at - incoming.asked_at,
                 transfer_s=now - (incoming.first_frame_at or now),
                 num_bytes=coverage.num_bytes,

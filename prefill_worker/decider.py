@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from baton.engine.block_pool import BlockPool
 from baton.engine.plan import StepPlan
 from baton.engine.scheduler import NewToken, Scheduler, Sequence
@@ -17,15 +19,13 @@ from baton.protocol.messages import (
     HopTimes,
     LoadReport,
     RequestBody,
-    RequestFailed,
-    RouterAlive,
-    TokenAck,
     TokenItem,
     TransferAck,
     TransferNack,
     WorkerRef,
 )
 from baton.worker.admission import refusal
+from baton.worker.desk import RouterDesk
 from baton.worker.events import (
     FromPeer,
     RunStep,
@@ -34,10 +34,7 @@ from baton.worker.events import (
     StepRaised,
     StepWanted,
     Tick,
-    ToRouter,
 )
-from baton.worker.outbox import TokenOutbox
-from baton.worker.router_leases import RouterLeases
 from kv_transfer.instructions import SendClosed, SendInstruction
 from kv_transfer.sender import Sender, owner_name
 
@@ -88,8 +85,7 @@ class PrefillDecider:
         self._scheduler = scheduler
         self._sender = sender
         self._vocab_size = vocab_size
-        self._outbox = TokenOutbox(worker_id, incarnation)
-        self._routers = RouterLeases()
+        self._desk = RouterDesk(worker_id, incarnation, ROLE, self._holds)
         self._jobs: dict[str, _Job] = {}
         self._plan: StepPlan | None = None
 
@@ -99,7 +95,7 @@ class PrefillDecider:
 
     @property
     def num_open(self) -> int:
-        return len(self._jobs) + self._outbox.num_streams
+        return len(self._jobs) + self._desk.num_streams
 
     def handle(self, event: object, now: float) -> list[object]:
         match event:
@@ -125,15 +121,11 @@ class PrefillDecider:
     def _from_peer(self, sender_id: str, message: AnyMessage, now: float) -> list[object]:
         match message:
             case Dispatch(body, decode):
-                self._routers.seen(body.router_id, now)
+                self._desk.seen(body.router_id, now)
                 return self._accept(body, decode, now)
             case Abort(request_id, attempt):
                 return self._abort(request_id, attempt, now)
-            case TokenAck():
-                self._outbox.ack(message, now)
-            case RouterAlive():
-                self._routers.seen(sender_id, now)
-        return []
+        return self._desk.handle(sender_id, message, now)
 
     def _from_decode(self, decode: WorkerRef, message: AnyMessage, now: float) -> list[object]:
         sender = self._sender
@@ -153,13 +145,18 @@ class PrefillDecider:
         if seq_id in self._jobs or self._scheduler.get(seq_id) is not None:
             return []
         if len(self._jobs) >= MAX_JOBS:
-            return [_failed(body, "overloaded", f"{MAX_JOBS} requests are open here", True)]
+            return [
+                self._desk.failed(
+                    body, "overloaded", f"{MAX_JOBS} requests are open", retryable=True
+                )
+            ]
         if decode is None:
-            return [_failed(body, "internal", "a prefill worker needs a decode worker", False)]
+            reason = "a prefill worker needs a decode worker"
+            return [self._desk.failed(body, "internal", reason, retryable=False)]
         kv_tokens = len(body.prompt_ids) + len(body.output_ids)
         reason = refusal(body, kv_tokens, self._pool, self._vocab_size)
         if reason:
-            return [_failed(body, "invalid_request", reason, False)]
+            return [self._desk.failed(body, "invalid_request", reason, retryable=False)]
         self._jobs[seq_id] = _Job(body, decode, now, now + body.deadline_in_s)
         self._scheduler.add(
             Sequence(seq_id, body.prompt_ids, list(body.output_ids), body.sampling, body.priority)
@@ -167,7 +164,7 @@ class PrefillDecider:
         return []
 
     def _abort(self, request_id: str, attempt: int, now: float) -> list[object]:
-        self._outbox.forget(request_id, attempt)
+        self._desk.forget(request_id, attempt)
         doomed = [
             seq_id
             for seq_id, job in self._jobs.items()
@@ -193,7 +190,9 @@ class PrefillDecider:
             if job.started_at is None:
                 job.started_at = now
                 if job.body.sampling.max_tokens > len(job.body.output_ids) + 1:
-                    instructions += self._sender.begin(chunk.seq_id, job.decode, job.body, now)
+                    left_s = max(0.0, job.deadline_at - now)
+                    body = msgspec.structs.replace(job.body, deadline_in_s=left_s)
+                    instructions += self._sender.begin(chunk.seq_id, job.decode, body, now)
         return instructions
 
     def _book(self, plan: StepPlan, news: list[NewToken], now: float) -> list[object]:
@@ -208,7 +207,7 @@ class PrefillDecider:
                 instructions += self._sent(
                     self._sender.computed(chunk.seq_id, chunk.block_table, done, now), now
                 )
-        return [*self._outbox.flush(), *instructions]
+        return [*self._desk.flush(), *instructions]
 
     def _first_token(self, new: NewToken, now: float) -> list[object]:
         sequence = new.sequence
@@ -230,7 +229,7 @@ class PrefillDecider:
             stop_token_id=new.stop_token_id,
             hop=hop,
         )
-        self._outbox.put(job.body.router_id, item, now)
+        self._desk.put(job.body.router_id, item, now)
         if new.finish_reason:
             del self._jobs[sequence.seq_id]
             return [*self._sender.cancel(sequence.seq_id, now)]
@@ -247,7 +246,7 @@ class PrefillDecider:
         for sequence in self._scheduler.abandon_step():
             job = self._jobs.pop(sequence.seq_id)
             instructions += self._sender.cancel(sequence.seq_id, now)
-            instructions.append(_failed(job.body, "internal", reason, True, self._worker_id))
+            instructions.append(self._desk.step_failed(job.body, reason))
         return instructions
 
     # --- transfers and time -------------------------------------------------------------
@@ -262,31 +261,30 @@ class PrefillDecider:
             job = self._jobs.pop(instruction.transfer_id)
             if instruction.error_code:
                 self._scheduler.drop(instruction.transfer_id)
-                passed.append(
-                    _failed(
-                        job.body,
-                        instruction.error_code,
-                        instruction.message,
-                        instruction.retryable,
-                        instruction.suspect,
-                        hop="transfer",
-                    )
+                failed = self._desk.failed(
+                    job.body,
+                    instruction.error_code,
+                    instruction.message,
+                    retryable=instruction.retryable,
+                    suspect=instruction.suspect,
+                    hop="transfer",
                 )
+                passed.append(failed)
         return passed
 
     def _tick(self, now: float) -> list[object]:
-        instructions: list[object] = [*self._sender.tick(now), *self._outbox.resend(now)]
-        gone = set(self._routers.expired(now))
-        for router_id in gone:
-            self._outbox.forget_router(router_id)
+        gone, instructions = self._desk.tick(now)
+        instructions += self._sender.tick(now)
         for seq_id, job in list(self._jobs.items()):
             if job.body.router_id in gone:
                 instructions += self._drop(seq_id, now)
             elif now > job.deadline_at:
                 instructions += self._drop(seq_id, now)
-                reason = "the deadline passed in the prefill worker"
-                instructions.append(_failed(job.body, "deadline_exceeded", reason, False))
+                instructions.append(self._desk.late(job.body))
         return instructions
+
+    def _holds(self, request_id: str, attempt: int) -> bool:
+        return transfer_id(RequestId(request_id), attempt) in self._jobs
 
     def report(self, facts: ShellFacts) -> LoadReport:
         scheduler, counts = self._scheduler, self._scheduler.counts
@@ -321,14 +319,3 @@ class PrefillDecider:
         if self._pool.owners:
             problems.append(f"blocks left with {sorted(self._pool.owners)[:4]}")
         return problems
-
-
-def _failed(
-    body: RequestBody, code: str, message: str, retryable: bool, suspect: str = "", hop: str = ROLE
-) -> ToRouter:
-    return ToRouter(
-        body.router_id,
-        RequestFailed(
-            body.request_id, body.attempt, code, message[:2_000], retryable, hop, suspect
-        ),
-    )

@@ -1,6 +1,8 @@
 """One choice of one request: its state, its tokens, its text, its times. Pure.
 
-A choice is what travels: the workers know it as a request under ``wire_id``.
+A choice is what travels: the workers know it as a request under ``wire_id``, which no other
+choice of any router ever had. A client may use its request id again once it is free, and
+what workers still hold or say of the first use must never meet the second.
 """
 
 from __future__ import annotations
@@ -52,8 +54,9 @@ class Choice:
     _early: dict[int, TokenItem] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, spec: GenerateSpec, index: int, detokenizer: Detokenizer, now: float) -> Choice:
-        wire_id = spec.request_id if spec.n == 1 else f"{spec.request_id}#{index}"
+    def start(
+        cls, spec: GenerateSpec, index: int, wire_id: str, detokenizer: Detokenizer, now: float
+    ) -> Choice:
         return cls(
             spec=spec,
             index=index,
@@ -72,6 +75,16 @@ class Choice:
     @property
     def is_over(self) -> bool:
         return self.machine.is_terminal
+
+    def holder(self) -> str | None:
+        """The worker that must have this attempt; None while it changes hands."""
+        if self.placement is None:
+            return None
+        if self.machine.state is RequestState.PREFILLING:
+            return (self.placement.prefill or self.placement.decode).worker_id
+        if self.machine.state is RequestState.DECODING:
+            return self.placement.decode.worker_id
+        return None
 
     def need(self) -> Need:
         known = len(self.spec.prompt_ids) + len(self.output_ids)

@@ -11,7 +11,7 @@ import zmq.asyncio
 
 from baton.messaging.link import Link, make_hello
 from baton.protocol.clock import Clock
-from baton.protocol.messages import HelloReply, RouterAlive
+from baton.protocol.messages import HelloReply
 from baton.protocol.spec import WorkerInfo
 from router.decider import RouterDecider, conflict
 from router.events import (
@@ -52,14 +52,12 @@ class RouterCore:
         *,
         router_id: str,
         incarnation: str,
-        router_epoch: int,
     ) -> None:
         self._context = context
         self._decider = decider
         self._model = model
         self._clock = clock
         self._hello = make_hello(router_id, incarnation, ROLE)
-        self._router_epoch = router_epoch
         self._links: dict[str, tuple[Link, asyncio.Task[None]]] = {}
         self._mailboxes: dict[str, Mailbox] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -92,6 +90,7 @@ class RouterCore:
         finally:
             if self._mailboxes.pop(spec.request_id, None) is not None:
                 self.feed(ClientAbort(spec.request_id))
+            self._note_drained()
 
     def abort(self, request_id: str) -> bool:
         if request_id not in self._mailboxes:
@@ -116,7 +115,7 @@ class RouterCore:
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing new; returns when all is finished or the time is up."""
         self.feed(DrainAll())
-        if self._decider.num_open == 0:
+        if self._is_drained:
             return
         self._drained = asyncio.Event()
         with contextlib.suppress(TimeoutError):
@@ -147,7 +146,15 @@ class RouterCore:
                 case Disconnect(worker_id):
                     self._disconnect(worker_id)
 
-        if self._drained is not None and self._decider.num_open == 0:
+        self._note_drained()
+
+    @property
+    def _is_drained(self) -> bool:
+        """Nothing runs, and no client has anything left to read."""
+        return self._decider.num_open == 0 and not self._mailboxes
+
+    def _note_drained(self) -> None:
+        if self._drained is not None and self._is_drained:
             self._drained.set()
 
     def _connect(self, info: WorkerInfo) -> None:
@@ -160,6 +167,7 @@ class RouterCore:
             on_message=lambda message: self.feed(FromWorker(info.worker_id, message)),
             on_reply=lambda reply: self._greeted(info, reply),
         )
+        link.connect()
         task = self._group.create_task(link.run(), name=f"link to {info.worker_id}")
         self._links[info.worker_id] = (link, task)
 
@@ -174,12 +182,10 @@ class RouterCore:
             connection[1].cancel()
 
     async def _tick(self) -> None:
-        alive = RouterAlive(self._router_epoch)
         num_ticks = 0
         while True:
             await asyncio.sleep(TICK_S)
             self.feed(Tick())
             num_ticks += 1
             if num_ticks % TICKS_PER_ALIVE == 0:
-                for link, _ in self._links.values():
-                    link.send(alive)
+                self._execute(self._decider.alive())

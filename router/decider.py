@@ -24,8 +24,10 @@ from baton.protocol.messages import (
     Abort,
     AnyMessage,
     Dispatch,
+    HeldAttempt,
     LoadReport,
     RequestFailed,
+    RouterAlive,
     TokenAck,
     TokenAckItem,
     TokenBatch,
@@ -54,6 +56,7 @@ from router.frontend import GenerateSpec, Loads
 from router.members import Members
 from router.placement import Placer
 
+ROLES = ("prefill", "decode", "mixed")
 QUEUE_PATIENCE_S = 15.0
 """How long a request that lost its worker waits for another before it fails."""
 
@@ -75,6 +78,7 @@ class RouterDecider:
         self._requests: dict[str, list[Choice]] = {}
         self._choices: dict[str, Choice] = {}
         self._draining = False
+        self._num_choices = 0
 
     # --- what others may ask ------------------------------------------------------------
 
@@ -86,11 +90,29 @@ class RouterDecider:
         """None when a request could be placed now, else the reason."""
         if self._draining:
             return "the router is draining"
-        up = {m.role for m in self._members if m.is_placeable}
-        if "mixed" in up or {"prefill", "decode"} <= up:
+        up = [m for m in self._members if m.is_placeable]
+        layouts = {role: {m.fingerprint for m in up if m.role == role} for role in ROLES}
+        if layouts["mixed"] or layouts["prefill"] & layouts["decode"]:
             return None
-        missing = [role for role in ("prefill", "decode") if role not in up]
-        return f"no {' and no '.join(missing)} worker is up"
+        missing = [role for role in ("prefill", "decode") if not layouts[role]]
+        if missing:
+            return f"no {' and no '.join(missing)} worker is up"
+        return (
+            "no prefill worker has the KV layout of a decode worker: model folder, dtype or "
+            "version differ between them"
+        )
+
+    def alive(self) -> list[Instruction]:
+        """To each worker: this router lives, and what it believes the worker to have."""
+        held: dict[str, list[HeldAttempt]] = {m.worker_id: [] for m in self._members}
+        for choice in self._choices.values():
+            holder = choice.holder()
+            if holder is not None:
+                held[holder].append(HeldAttempt(choice.wire_id, choice.attempt))
+        return [
+            ToWorker(worker_id, RouterAlive(self._router_epoch, tuple(attempts)))
+            for worker_id, attempts in held.items()
+        ]
 
     def loads(self, now: float) -> Loads:
         num_running = sum(1 for c in self._choices.values() if c.next_seq > 0)
@@ -112,7 +134,8 @@ class RouterDecider:
                 hop="router",
             )
         choices = [
-            Choice.start(spec, index, self._make_detokenizer(spec), now) for index in range(spec.n)
+            Choice.start(spec, index, self._wire_id(spec), self._make_detokenizer(spec), now)
+            for index in range(spec.n)
         ]
         largest = self._placer.never_fits(choices[0].need(), self._members)
         if largest is not None:
@@ -148,6 +171,10 @@ class RouterDecider:
                 return []
             case Tick():
                 return self._tick(now)
+
+    def _wire_id(self, spec: GenerateSpec) -> str:
+        self._num_choices += 1
+        return f"{spec.request_id}#{self._router_epoch:x}.{self._num_choices}"
 
     # --- placement ----------------------------------------------------------------------
 
@@ -335,7 +362,8 @@ class RouterDecider:
                 )
             else:
                 code, message, hop = choice.last_error
-                error = from_code(code or "unavailable", f"{message}; no worker is left", hop=hop)
+                message = message or "no worker could take the request"
+                error = from_code(code or "unavailable", f"{message}; none is left", hop=hop)
             instructions += self._end_request(choice.spec.request_id, RequestEvent.FAIL, error, now)
         return [*instructions, *self._place_queued(now)]
 

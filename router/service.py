@@ -54,7 +54,6 @@ class RouterService:
             MonotonicClock(),
             router_id=spec.router_id,
             incarnation=incarnation,
-            router_epoch=epoch,
         )
         metrics = RouterMetrics(self.core)
         frontend = MeteredFrontend(self.core, metrics)

@@ -166,10 +166,19 @@ class RequestFailed(Message, frozen=True):
     suspect: Text
 
 
+class HeldAttempt(msgspec.Struct, frozen=True, array_like=True):
+    request_id: Id
+    attempt: Count
+
+
 class RouterAlive(Message, frozen=True):
-    """Router to worker, once a second: requests of a silent router are aborted."""
+    """Router to worker, once a second: requests of a silent router are aborted.
+
+    attempts: what this worker should have; it answers RequestFailed for those it has not.
+    """
 
     router_epoch: Count
+    attempts: Annotated[tuple[HeldAttempt, ...], Meta(max_length=MAX_BATCH_ITEMS)] = ()
 
 
 class LoadReport(Message, frozen=True):

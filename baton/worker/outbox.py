@@ -35,6 +35,9 @@ class TokenOutbox:
     def num_streams(self) -> int:
         return len(self._streams)
 
+    def holds(self, request_id: str, attempt: int) -> bool:
+        return (request_id, attempt) in self._streams
+
     def put(self, router_id: str, item: TokenItem, now: float) -> None:
         stream = self._streams.setdefault((item.request_id, item.attempt), _Stream(router_id))
         if not stream.unacked:
