@@ -74,10 +74,13 @@ class KvPusher:
         self._jobs.clear()
         self._socket.close()
 
-    async def run(self, address: str) -> None:
-        """Connect and send until cancelled; closes the socket."""
+    def connect(self, address: str) -> None:
+        """Raises WireError for an address that cannot be one."""
+        sockets.connect(self._socket, address)
+
+    async def run(self) -> None:
+        """Send until cancelled; closes the socket. ``connect`` comes first."""
         try:
-            self._socket.connect(address)
             while True:
                 while not self._jobs:
                     self._wake.clear()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import zmq.asyncio
 
 from baton.messaging.link import Link
+from baton.protocol.errors import WireError
 from baton.protocol.layout import KvLayout
 from baton.protocol.messages import AnyMessage, Hello, HelloReply, Message, WorkerRef
 from kv_transfer.instructions import PushEnd, PushKv
@@ -63,11 +64,19 @@ class DecodeLinks:
             await asyncio.get_running_loop().create_future()
 
     def send(self, decode: WorkerRef, message: Message, now: float) -> None:
-        if not self._connection(decode, now).link.send(message):
+        try:
+            connection = self._connection(decode, now)
+        except WireError as exc:
+            self._on_refused(decode, exc.message)
+            return
+        if not connection.link.send(message):
             self._refuse(decode, "too many messages wait for its first answer")
 
     def push(self, job: PushKv | PushEnd, now: float) -> None:
-        self._connection(job.decode, now).pusher.put(job)
+        connection = self._connections.get(job.decode)
+        if connection is not None:  # else it was refused, and its transfers with it
+            connection.used_at = now
+            connection.pusher.put(job)
 
     def cancel_push(self, transfer_id: str) -> None:
         for connection in self._connections.values():
@@ -86,6 +95,7 @@ class DecodeLinks:
         return connection
 
     def _connect(self, decode: WorkerRef, now: float) -> _Connection:
+        """Raises WireError: whoever named that address was wrong, and nobody else suffers."""
         assert self._group is not None
         link = Link(
             self._context,
@@ -94,6 +104,7 @@ class DecodeLinks:
             on_message=lambda message: self._on_message(decode, message),
             on_reply=lambda reply: self._greeted(decode, reply),
         )
+        link.connect()
         pusher = KvPusher(self._context, self._layout, self._max_frame_bytes, self._read_kv)
         task = self._group.create_task(link.run(), name=f"link to {decode.worker_id}")
         return _Connection(link, pusher, [task], now)
@@ -108,9 +119,14 @@ class DecodeLinks:
             self._refuse(decode, f"{decode.worker_id} is another incarnation by now")
         elif not connection.kv_address:
             assert self._group is not None
+            try:
+                connection.pusher.connect(reply.kv_address)
+            except WireError as exc:
+                self._refuse(decode, exc.message)
+                return
             connection.kv_address = reply.kv_address
             task = self._group.create_task(
-                connection.pusher.run(reply.kv_address), name=f"KV to {decode.worker_id}"
+                connection.pusher.run(), name=f"KV to {decode.worker_id}"
             )
             connection.tasks.append(task)
 

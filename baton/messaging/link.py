@@ -56,11 +56,18 @@ class Link:
             zmq.ROUTING_ID, peer_key(hello.sender_id, hello.incarnation).encode("ascii")
         )
 
+    def connect(self) -> None:
+        """Raises WireError for an address that cannot be one, and then the socket is closed."""
+        try:
+            sockets.connect(self._socket, self.address)
+        except WireError:
+            self._socket.close()
+            raise
+
     async def run(self) -> None:
-        """Connect, greet and receive until cancelled; closes the socket."""
+        """Greet and receive until cancelled; closes the socket. ``connect`` comes first."""
         turns = Turns()
         try:
-            self._socket.connect(self.address)
             self._send(self._hello)
             while True:
                 self._receive(await self._socket.recv_multipart())

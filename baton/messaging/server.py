@@ -119,16 +119,18 @@ class MessageServer:
         if isinstance(message, Hello):
             self._greet(key, routing_id, message)
             return
-        peer = self._peers.get(key)
-        if peer is None:
+        peer = self._peers.pop(key, None)
+        if peer is not None:
+            self._peers[key] = peer  # The first in line to be forgotten is the longest silent.
+        else:
             self._drop("dropped a message that came before a hello")
             self._send(routing_id, _refuse(NOT_GREETED))
             return
         self._on_message(peer, message)
 
     def _greet(self, key: str, routing_id: bytes, hello: Hello) -> None:
-        if key != peer_key(hello.sender_id, hello.incarnation) or len(self._peers) >= MAX_PEERS:
-            self._drop("dropped a hello that names another peer, or one too many")
+        if key != peer_key(hello.sender_id, hello.incarnation):
+            self._drop("dropped a hello that names another peer")
             return
         version = agree_on_version(hello)
         if not version:
@@ -141,6 +143,8 @@ class MessageServer:
         older = self._newest.get(hello.sender_id)
         if older is not None and older != key:
             self.forget(older)
+        if len(self._peers) >= MAX_PEERS and key not in self._peers:
+            self.forget(next(iter(self._peers)))
         self._newest[hello.sender_id] = key
         self._peers[key] = Peer(hello.sender_id, hello.incarnation, hello.role, version)
         self._send(routing_id, self._describe(hello, version))

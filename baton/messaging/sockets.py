@@ -6,7 +6,7 @@ import zmq
 import zmq.asyncio
 
 from baton.messaging.codec import MAX_MESSAGE_BYTES
-from baton.protocol.errors import ConfigError
+from baton.protocol.errors import ConfigError, WireError
 
 MAX_PART_BYTES = 64 * 2**20
 HEARTBEAT_INTERVAL_MS = 1_000
@@ -33,6 +33,14 @@ def configure(
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
+
+
+def connect(socket: zmq.asyncio.Socket, address: str) -> None:
+    """Raises WireError for an address that ZeroMQ cannot read; reaching it comes later."""
+    try:
+        socket.connect(address)
+    except zmq.ZMQError as exc:
+        raise WireError(f"{address!r} is no address to connect to: {exc}") from exc
 
 
 def bind(socket: zmq.asyncio.Socket, host: str, port: int = 0) -> str:
