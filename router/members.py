@@ -30,7 +30,8 @@ class Member:
     capacity_tokens: int = 0
     report: LoadReport | None = None
     charged_tokens: int = 0
-    num_placed: int = 0
+    placed_last: int = 0
+    """Number of the last placement on it, so that a new member has no backlog to catch up."""
 
     @property
     def worker_id(self) -> str:

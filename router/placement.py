@@ -61,6 +61,7 @@ class Placement:
 class Placer:
     def __init__(self, policy: Literal["least_loaded", "round_robin"]) -> None:
         self._policy = policy
+        self._num_placed = 0
 
     def place(
         self, need: Need, members: Iterable[Member], exclude: frozenset[str]
@@ -88,9 +89,9 @@ class Placer:
         return None if mixed is None else self._charge(need, None, mixed)
 
     def _score(self, member: Member) -> tuple[float, int, str]:
-        """Lower is better; ties go to whoever was placed on least often."""
+        """Lower is better; ties go to whoever was placed on longest ago."""
         load = 0.0 if self._policy == "round_robin" else self._load(member)
-        return (load, member.num_placed, member.worker_id)
+        return (load, member.placed_last, member.worker_id)
 
     def _load(self, member: Member) -> float:
         if member.role == "prefill":
@@ -98,14 +99,15 @@ class Placer:
         return member.charged_tokens / max(1, member.capacity_tokens)
 
     def _charge(self, need: Need, prefill: Member | None, decode: Member) -> Placement:
+        self._num_placed += 1
         placement = Placement(
             prefill, decode, need.num_tokens if prefill else 0, need.decode_charge
         )
         if prefill is not None:
             prefill.charged_tokens += placement.prefill_charge
-            prefill.num_placed += 1
+            prefill.placed_last = self._num_placed
         decode.charged_tokens += placement.decode_charge
-        decode.num_placed += 1
+        decode.placed_last = self._num_placed
         return placement
 
     def never_fits(self, need: Need, members: Iterable[Member]) -> int | None:
