@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
 from baton.protocol.config import ClusterConfig
-from baton.protocol.errors import BatonError
+from baton.protocol.errors import BatonError, Unavailable
 from baton.protocol.spec import RouterInfo, RouterSpec, WorkerInfo, WorkerSpec
 from cluster.launcher import Launcher, RouterHandle, WorkerHandle
 
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 1.0
 READY_POLL_S = 0.05
+STILL_LOADING_S = 5.0
 READY_TIMEOUT_S = 30.0
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 10.0
@@ -56,23 +58,27 @@ class Controller:
 
     async def start(self) -> None:
         """All processes at once; raises the first BatonError that one of them met."""
-        try:
+        with _first_baton_error():
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._start_router())
                 for spec in worker_specs(self._config):
                     group.create_task(self._start_worker(spec))
-        except BaseExceptionGroup as errors:
-            found, _ = errors.split(BatonError)
-            if found is None:
-                raise
-            raise next(_leaves(found)) from errors
         assert self._router is not None
         for handle in self._workers.values():
             await self._router.announce(handle.info)
-        async with asyncio.timeout(READY_TIMEOUT_S):
-            while reason := (await self._router.status()).not_ready:
-                log.debug("not ready yet: %s", reason)
-                await asyncio.sleep(READY_POLL_S)
+        await self._until_ready(self._router)
+
+    async def _until_ready(self, router: RouterHandle) -> None:
+        end = asyncio.get_running_loop().time() + READY_TIMEOUT_S
+        while reason := (await router.status()).not_ready:
+            if asyncio.get_running_loop().time() > end:
+                addresses = ", ".join(f"{w.worker_id} at {w.address}" for w in self.workers)
+                raise Unavailable(
+                    f"not ready after {READY_TIMEOUT_S:.0f} s: {reason}. Can the router reach "
+                    f"{addresses}? The processes' logs tell more",
+                    hop="router",
+                )
+            await asyncio.sleep(READY_POLL_S)
 
     async def _start_router(self) -> None:
         spec = RouterSpec(
@@ -83,23 +89,30 @@ class Controller:
 
     async def _start_worker(self, spec: WorkerSpec) -> None:
         self._tell(f"{spec.worker_id} ({spec.pool.role}) loads {spec.model.path}")
-        handle = await self._launcher.start_worker(spec)
+        starting = asyncio.ensure_future(self._launcher.start_worker(spec))
+        try:
+            while not (await asyncio.wait([starting], timeout=STILL_LOADING_S))[0]:
+                self._tell(f"{spec.worker_id} is still loading")
+        finally:
+            starting.cancel()
+        handle = await starting
         self._workers[spec.worker_id] = handle
         self._tell(f"{spec.worker_id} is up (pid {handle.info.pid})")
 
     async def supervise(self) -> None:
         """Restart workers that end or that the router lost. Runs until cancelled; raises
-        when the router ends, for then nothing is served."""
-        async with asyncio.TaskGroup() as group:
-            for spec in worker_specs(self._config):
-                group.create_task(self._keep_alive(spec), name=f"keep {spec.worker_id}")
-            group.create_task(self._stop_lost(), name="stop lost workers")
-            group.create_task(self._watch_router(), name="watch router")
+        Unavailable when the router ends, for then nothing is served."""
+        with _first_baton_error():
+            async with asyncio.TaskGroup() as group:
+                for spec in worker_specs(self._config):
+                    group.create_task(self._keep_alive(spec), name=f"keep {spec.worker_id}")
+                group.create_task(self._stop_lost(), name="stop lost workers")
+                group.create_task(self._watch_router(), name="watch router")
 
     async def _watch_router(self) -> None:
         assert self._router is not None
         reason = await self._router.wait()
-        raise RuntimeError(f"the router ended: {reason}")
+        raise Unavailable(f"the router ended: {reason}; its log tells why", hop="router")
 
     async def _keep_alive(self, spec: WorkerSpec) -> None:
         assert self._router is not None
@@ -139,6 +152,18 @@ class Controller:
         if self._router is not None:
             await self._router.stop(drain_s)
         await asyncio.gather(*(handle.stop() for handle in self._workers.values()))
+
+
+@contextlib.contextmanager
+def _first_baton_error() -> Iterator[None]:
+    """Of a group of errors, the first that a user can act on; the group stays its cause."""
+    try:
+        yield
+    except BaseExceptionGroup as errors:
+        found, _ = errors.split(BatonError)
+        if found is None:
+            raise
+        raise next(_leaves(found)) from errors
 
 
 def _leaves(group: BaseExceptionGroup[BatonError]) -> Iterator[BatonError]:

@@ -13,10 +13,11 @@ import msgspec
 
 from baton.checkpoint.find import resolve
 from baton.checkpoint.spec import load_spec
-from baton.protocol.config import ModelConfig, PoolConfig, Replicas, RouterConfig
+from baton.protocol.config import ModelConfig, NetworkConfig, PoolConfig, Replicas, RouterConfig
 from baton.protocol.errors import ConfigError
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+NODE_HOST = "node"
 
 Found = tuple[str, str]
 """(path, message) of one problem."""
@@ -43,6 +44,9 @@ def check_sections(data: Mapping[str, Any]) -> Iterator[Found]:
     router = _convert(data.get("router", {}), RouterConfig)
     if router is not None:
         yield from _check_router(router)
+    network = _convert(data.get("network", {}), NetworkConfig)
+    if network is not None:
+        yield from _check_network(network)
 
 
 def _pools(raw_pools: list[Any]) -> dict[str, PoolConfig]:
@@ -100,6 +104,15 @@ def _check_model(model: ModelConfig, pools: Mapping[str, PoolConfig]) -> Iterato
                 f"tokens, less than one request of {length}; give at least {need} blocks, or "
                 "lower model.max_model_len",
             )
+
+
+def _check_network(network: NetworkConfig) -> Iterator[Found]:
+    if network.worker_host not in (*LOOPBACK_HOSTS, NODE_HOST):
+        yield (
+            "network.worker_host",
+            f"is {network.worker_host!r}; allowed: {', '.join(LOOPBACK_HOSTS)}, or {NODE_HOST} for "
+            "each Ray node's own address, on a network that you trust",
+        )
 
 
 def _check_router(router: RouterConfig) -> Iterator[Found]:

@@ -19,6 +19,7 @@ from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo
 from cluster.process import Command, Reply
 
 STOP_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 1.0
 
 
 class _Child:
@@ -56,6 +57,19 @@ class _Child:
     async def wait(self) -> str:
         code = await self.process.wait()
         return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+    async def end(self) -> None:
+        """At once: what is to be waited for was waited for before. End of input says it
+        gently, a kill makes it sure."""
+        stdin = self.process.stdin
+        assert stdin is not None
+        stdin.close()
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await self.process.wait()
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
 
     async def stop(self, drain_s: float) -> None:
         if self.process.returncode is None:
@@ -118,8 +132,7 @@ class ProcessLauncher:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for child in self._children:
-            await child.stop(0.0)
+        await asyncio.gather(*(child.end() for child in self._children))
 
     async def start_worker(self, spec: WorkerSpec) -> ProcessWorker:
         child, reply = await self._start(spec.worker_id, "worker", msgspec.json.encode(spec))

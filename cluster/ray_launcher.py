@@ -26,7 +26,7 @@ from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo
 from cluster.actors import RouterActor, WorkerActor
 
 STOP_TIMEOUT_S = 5.0
-PLACEMENT_TIMEOUT_S = 60.0
+PLACEMENT_TIMEOUT_S = 60
 ROUTER_CPUS = 0.1
 
 
@@ -81,11 +81,14 @@ class RayLauncher:
         self._actors: list[Any] = []
 
     async def __aenter__(self) -> RayLauncher:
-        await asyncio.to_thread(self._join)
+        joining = asyncio.ensure_future(asyncio.to_thread(self._join))
         try:
+            # Ray cannot be stopped half started: an interrupt waits these seconds.
+            await asyncio.shield(joining)
             for pool in self._config.pools:
                 await self._reserve(pool)
         except BaseException:
+            await asyncio.wait([joining])
             await self.__aexit__()
             raise
         return self
@@ -112,10 +115,13 @@ class RayLauncher:
         bundles = [bundle(pool)] * pool.num_replicas
         group = placement_group(bundles, strategy=pool.placement.strategy, name="")
         self._groups[pool.name] = group
-        if not await asyncio.to_thread(group.wait, PLACEMENT_TIMEOUT_S):
+        for _ in range(PLACEMENT_TIMEOUT_S):
+            if await asyncio.to_thread(group.wait, 1):
+                break
+        else:
             raise Unavailable(
                 f"Ray found no room for pool {pool.name!r}: {pool.num_replicas} x "
-                f"{bundles[0]} ({pool.placement.strategy}) within {PLACEMENT_TIMEOUT_S:.0f} s; "
+                f"{bundles[0]} ({pool.placement.strategy}) within {PLACEMENT_TIMEOUT_S} s; "
                 f"the cluster has {_cluster_resources()}",
                 hop="ray",
             )

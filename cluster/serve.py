@@ -9,14 +9,14 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from baton.protocol.config import ClusterConfig
-from baton.protocol.errors import ConfigError
+from baton.protocol.errors import Cancelled
 from cluster.controller import Controller
 from cluster.launcher import Launcher
 from cluster.load import load_config
@@ -85,21 +85,12 @@ async def running(
 ) -> AsyncIterator[Controller]:
     """A started cluster; everything it started is gone afterwards, however it ends."""
     began = time.monotonic()
+    stop = stop or _Signals()
     tell("starting processes")
-    async with launcher:
+    async with contextlib.AsyncExitStack() as stack:
+        await stop.interruptible(stack.enter_async_context(launcher))
         controller = Controller(config, launcher, tell)
-        starting = asyncio.ensure_future(controller.start())
-        try:
-            await (stop or _Signals()).wait_or(starting)
-        finally:
-            # Also when this task is cancelled: the start must end before its processes do.
-            is_interrupted = not starting.done()
-            if is_interrupted:
-                starting.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await starting
-        if is_interrupted:
-            raise ConfigError("interrupted while starting; nothing was left running")
+        await stop.interruptible(controller.start())
         tell(f"all processes are up after {time.monotonic() - began:.1f} s")
         yield controller
 
@@ -126,7 +117,24 @@ class _Signals:
         self._count += 1
         self._news.set()
 
-    async def wait_or(self, work: asyncio.Future[None], *, signals: int = 1) -> None:
+    async def interruptible(self, starting: Coroutine[Any, Any, object]) -> None:
+        """Do it, unless a signal comes: then it is cancelled, waited for, and Cancelled raised.
+
+        Waited for also when this task is cancelled: a start must end before its processes do.
+        """
+        work = asyncio.ensure_future(starting)
+        try:
+            await self.wait_or(work)
+        finally:
+            is_interrupted = not work.done()
+            if is_interrupted:
+                work.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await work
+        if is_interrupted:
+            raise Cancelled("interrupted while starting; nothing was left running")
+
+    async def wait_or(self, work: asyncio.Future[Any], *, signals: int = 1) -> None:
         """Until that many signals came in all, or the work is done; raises what it raised."""
         work.add_done_callback(lambda _: self._news.set())
         while not work.done() and self._count < signals:

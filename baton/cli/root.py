@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from baton.protocol.errors import BatonError, ConfigError, Unavailable
+from baton.protocol.errors import BatonError, Cancelled, ConfigError, Unavailable
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 3
@@ -88,4 +88,6 @@ def error_text(exc: BatonError) -> str:
 def exit_code(exc: BatonError) -> int:
     if isinstance(exc, ConfigError):
         return EXIT_CONFIG
+    if isinstance(exc, Cancelled):
+        return EXIT_INTERRUPTED
     return EXIT_UNREACHABLE if isinstance(exc, Unavailable) else EXIT_FAILED
