@@ -19,6 +19,7 @@ from router.frontend import FinishReason, GenerateSpec, Output, Span, Timeline, 
 from router.placement import Need, Placement
 
 MAX_EARLY_ITEMS = 4_096
+RESERVE_GRACE_S = 2.0
 
 
 @dataclass(slots=True)
@@ -76,15 +77,20 @@ class Choice:
     def is_over(self) -> bool:
         return self.machine.is_terminal
 
-    def holder(self) -> str | None:
-        """The worker that must have this attempt; None while it changes hands."""
+    def holder(self, now: float) -> str | None:
+        """The worker that must have this attempt; None while it changes hands.
+
+        The decode side knows of a hand-over from its reservation on, which was asked for
+        before the first token; a grace covers one that is late.
+        """
         if self.placement is None:
             return None
-        if self.machine.state is RequestState.PREFILLING:
+        state = self.machine.state
+        if state is RequestState.PREFILLING:
             return (self.placement.prefill or self.placement.decode).worker_id
-        if self.machine.state is RequestState.DECODING:
-            return self.placement.decode.worker_id
-        return None
+        if state is RequestState.TRANSFERRING and now - self.machine.since < RESERVE_GRACE_S:
+            return None
+        return self.placement.decode.worker_id
 
     def need(self) -> Need:
         known = len(self.spec.prompt_ids) + len(self.output_ids)

@@ -188,4 +188,4 @@ class RouterCore:
             self.feed(Tick())
             num_ticks += 1
             if num_ticks % TICKS_PER_ALIVE == 0:
-                self._execute(self._decider.alive())
+                self._execute(self._decider.alive(self._clock.now()))

@@ -102,11 +102,11 @@ class RouterDecider:
             "version differ between them"
         )
 
-    def alive(self) -> list[Instruction]:
+    def alive(self, now: float) -> list[Instruction]:
         """To each worker: this router lives, and what it believes the worker to have."""
         held: dict[str, list[HeldAttempt]] = {m.worker_id: [] for m in self._members}
         for choice in self._choices.values():
-            holder = choice.holder()
+            holder = choice.holder(now)
             if holder is not None:
                 held[holder].append(HeldAttempt(choice.wire_id, choice.attempt))
         return [

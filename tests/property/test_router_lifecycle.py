@@ -17,7 +17,7 @@ MAX_EVENTS_TO_END = 5_000
 
 def _anything(world: World) -> None:
     rng = world.rng
-    match rng.randrange(14):
+    match rng.randrange(15):
         case 0 | 1:
             stop = (text_of(token_at(rng.randrange(50), rng.randrange(9))),)
             world.submit(rng.choice([1, 1, 3]), rng.randrange(1, 9), stop * rng.randrange(2))
@@ -33,10 +33,13 @@ def _anything(world: World) -> None:
             world.abort() if rng.random() < 0.3 else world.resend()
         case 13:
             world.tick()
+        case 14:
+            world.is_cut = not world.is_cut
 
 
 def _end(world: World) -> None:
     """No more faults: everything that is still open must come to its end."""
+    world.is_cut = False
     for count in range(MAX_EVENTS_TO_END):
         if all(client.is_over for client in world.clients.values()):
             return
@@ -62,7 +65,7 @@ def test_every_request_ends_exactly_once(seed: int) -> None:
     while world.mail:
         world.deliver()
 
-    for client in world.clients.values():
+    for client in (*world.clients.values(), *world.over):
         for index, outputs in client.outputs.items():
             tokens = [t for output in outputs for t in output.tokens]
             base = client.spec.sampling.seed + index

@@ -1,4 +1,4 @@
-"""A router decider among simulated workers: messages may be late, doubled or lost with a worker.
+"""A router decider among simulated workers: messages may be late, doubled or lost.
 
 Workers compute a known token per (seed, position), so that whatever a client gets can be
 checked. Nothing here is asynchronous; ``Random`` decides what happens next.
@@ -15,10 +15,12 @@ from baton.protocol.messages import (
     Abort,
     AnyMessage,
     Dispatch,
+    HeldAttempt,
     HelloReply,
     LoadReport,
     RequestBody,
     RequestFailed,
+    RouterAlive,
     TokenAck,
     TokenBatch,
     TokenItem,
@@ -44,6 +46,8 @@ from router.events import (
 from router.frontend import GenerateSpec, Output
 from router.tokenizer import Tokenizer
 
+NUM_IDS = 6
+"""So few request ids that they are used again and again."""
 FIRST_ID = 64
 """The id of the letter a in the tiny tokenizer."""
 ROLES = {"p-0": "prefill", "p-1": "prefill", "d-0": "decode", "d-1": "decode", "m-0": "mixed"}
@@ -96,6 +100,9 @@ class World:
         self.work: dict[tuple[str, int], _Work] = {}
         self.mail: list[tuple[str, AnyMessage]] = []
         self.clients: dict[str, Client] = {}
+        self.over: list[Client] = []
+        self.num_submitted = 0
+        self.is_cut = False
         for worker in ROLES:
             self.start(worker)
 
@@ -111,11 +118,14 @@ class World:
         self.feed(Greeted(worker, reply))
 
     def submit(self, n: int, max_tokens: int, stop: tuple[str, ...]) -> None:
-        request_id = f"r{len(self.clients)}"
+        request_id = f"r{self.rng.randrange(NUM_IDS)}"
+        last = self.clients.get(request_id)
+        if last is not None and not last.is_over:
+            return
         spec = GenerateSpec(
             request_id=request_id,  # type: ignore[arg-type]
             prompt_ids=(1, 2, 3),
-            sampling=SamplingParams(max_tokens=max_tokens, seed=len(self.clients) * 10),
+            sampling=SamplingParams(max_tokens=max_tokens, seed=self.num_submitted * 10),
             n=n,
             stop=stop,
             timeout_s=1e6,
@@ -125,6 +135,9 @@ class World:
             instructions = self.decider.submit(spec, self.now)
         except BatonError:
             return
+        if last is not None:
+            self.over.append(last)
+        self.num_submitted += 1
         self.clients[request_id] = client
         self.execute(instructions)
 
@@ -171,7 +184,9 @@ class World:
             failed = RequestFailed(
                 body.request_id, body.attempt, "transfer_failed", "x", retryable, "t", work.decode
             )
-            self.mail.append((work.at, failed))
+            del self.work[body.request_id, body.attempt]
+            if not self.is_cut:
+                self.mail.append((work.at, failed))
 
     def kill(self, worker: str) -> None:
         """What it held and what it said but was not heard is gone; it is started again."""
@@ -194,6 +209,7 @@ class World:
         for worker in ROLES:
             self.feed(FromWorker(worker, self._report(worker)))
         self.feed(Tick())
+        self.execute(self.decider.alive(self.now))
 
     def _report(self, worker: str) -> LoadReport:
         counts = dict.fromkeys(LoadReport.__struct_fields__, 0)
@@ -227,8 +243,20 @@ class World:
                 case Connect() | Disconnect():
                     pass
 
+    def _answer_for(self, worker: str, attempts: tuple[HeldAttempt, ...]) -> None:
+        for held in attempts:
+            if (held.request_id, held.attempt) not in self.work:
+                failed = RequestFailed(
+                    held.request_id, held.attempt, "unavailable", "not here", True, "t", ""
+                )
+                self.mail.append((worker, failed))
+
     def _to_worker(self, worker: str, message: object) -> None:
         match message:
+            case RouterAlive(_, attempts):
+                self._answer_for(worker, attempts)
+            case Dispatch() if self.is_cut:
+                pass
             case Dispatch(body, decode):
                 key = (body.request_id, body.attempt)
                 assert key not in self.work, "an attempt is dispatched once"
