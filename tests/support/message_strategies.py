@@ -13,6 +13,8 @@ from baton.protocol.messages import AnyMessage, Message
 
 KINDS: tuple[type[Message], ...] = get_args(AnyMessage)
 MAX_ITEMS = 4
+FAMILIAR = ("r", "s", "r/0", "s/0", "r/1", "router-0")
+"""Strings that are drawn often, so that ids in different messages meet."""
 assert get_origin(AnyMessage) is not None
 
 
@@ -33,13 +35,16 @@ def _of(info: inspect.Type) -> st.SearchStrategy[Any]:
             bounded = info.le is not None
             return st.floats(info.ge, info.le, allow_nan=False, allow_infinity=not bounded)
         case inspect.StrType():
-            return st.text(min_size=info.min_length or 0, max_size=12)
+            text = st.text(min_size=info.min_length or 0, max_size=12)
+            return st.sampled_from(FAMILIAR) | text
         case inspect.BoolType():
             return st.booleans()
         case inspect.NoneType():
             return st.none()
         case inspect.VarTupleType():
             return st.lists(_of(info.item_type), max_size=MAX_ITEMS).map(tuple)
+        case inspect.TupleType():
+            return st.tuples(*map(_of, info.item_types))
         case inspect.UnionType():
             return st.one_of([_of(t) for t in info.types])
         case inspect.Metadata():

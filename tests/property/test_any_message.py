@@ -1,0 +1,160 @@
+"""Whatever well-typed message comes, and whenever: a worker answers or ignores it.
+
+A peer of another version, or one gone mad, may cost its own requests and never the process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.plan import StepPlan
+from baton.engine.scheduler import Scheduler
+from baton.protocol.messages import Abort, Dispatch, Granted, Message, Reserve, RouterAlive
+from baton.worker.events import (
+    FromPeer,
+    RunStep,
+    ShellFacts,
+    StepDone,
+    StepRaised,
+    StepWanted,
+    Tick,
+)
+from decode_worker.decider import DecodeDecider, EndArrived, FrameArrived
+from kv_transfer.receiver import Receiver
+from kv_transfer.sender import Sender
+from prefill_worker.decider import DecodeRefused, FromDecode, PrefillDecider
+from tests.support.core import (
+    DECODE,
+    EOS_ID,
+    LAYOUT,
+    VOCAB_SIZE,
+    body,
+    engine_config,
+    run_plan,
+    transfer_config,
+)
+from tests.support.message_strategies import messages
+
+CONFIG = engine_config(6, max_num_batched_tokens=8)
+SETTINGS = settings(
+    deadline=None,
+    max_examples=250,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+BODIES = st.builds(
+    body,
+    request_id=st.sampled_from(["r", "s"]),
+    prompt=st.integers(0, 20),
+    attempt=st.integers(0, 1),
+    max_tokens=st.integers(-1, 6),
+    deadline_in_s=st.sampled_from([0.0, 5.0, 600.0]),
+)
+RESERVES = st.builds(
+    lambda request: Reserve(
+        f"{request.request_id}/{request.attempt}", LAYOUT.fingerprint(), request
+    ),
+    BODIES,
+)
+SANE = (
+    st.builds(Dispatch, BODIES, st.none() | st.just(DECODE))
+    | RESERVES
+    | st.builds(Abort, st.sampled_from(["r", "s"]), st.integers(0, 2**62))
+    | st.builds(RouterAlive, st.just(1))
+)
+GRANTS = st.builds(Granted, st.sampled_from(["r/0", "s/0", "r/1"]), st.integers(0, 3), st.just(1.0))
+ENGINE = st.sampled_from([StepWanted(), StepWanted(), Tick(), StepRaised("boom"), "done", "done"])
+
+
+def run(decider: Any, pool: BlockPool, events: list[object]) -> None:
+    """Feed them as a shell would, then abort all: nothing may be left."""
+    plan: StepPlan | None = None
+    now = 0.0
+    for event in events:
+        now += 0.5
+        if isinstance(event, StepWanted) and plan is not None:
+            continue
+        if event == "done" or isinstance(event, StepRaised):
+            if plan is None:
+                continue
+            event, plan = (StepDone(run_plan(plan)) if event == "done" else event), None
+        for instruction in decider.handle(event, now):
+            if isinstance(instruction, RunStep):
+                plan = instruction.plan
+        assert pool.check_integrity() == []
+    if plan is not None:
+        decider.handle(StepDone(run_plan(plan)), now)
+    decider.handle(Tick(), now + 2e9)
+    report = decider.report(ShellFacts(0, 0, "", 0))
+    assert report.integrity_errors == ()
+    assert pool.num_free == pool.num_blocks
+
+
+def from_peer(message: Message) -> FromPeer:
+    return FromPeer("router-0|1", "router-0", "router", message)  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(
+        ENGINE
+        | (SANE | messages()).map(from_peer)
+        | (GRANTS | messages()).map(lambda message: FromDecode(DECODE, message))
+        | st.just(DecodeRefused(DECODE, "no")),
+        max_size=40,
+    )
+)
+@SETTINGS
+def test_a_prefill_worker_survives_any_message(events: list[object]) -> None:
+    pool = BlockPool(CONFIG.num_blocks, CONFIG.block_size)
+    sender = Sender(pool, LAYOUT, transfer_config())
+    scheduler = Scheduler(pool, CONFIG, frozenset([EOS_ID]))
+    run(PrefillDecider("p-0", "1", pool, scheduler, sender, VOCAB_SIZE), pool, events)
+
+
+def frame_of(message: Any) -> FrameArrived:
+    return FrameArrived(message, message.num_bytes, message.checksum)
+
+
+def named(kind: str) -> type[Message]:
+    return next(k for k in Message.__subclasses__() if k.__name__ == kind)
+
+
+FRAMES = messages(named("KvFrame")).map(
+    lambda f: msgspec.structs.replace(
+        f,
+        epoch=f.epoch % 4,
+        fingerprint=LAYOUT.fingerprint(),
+        index=f.index % 3,
+        layer_start=0,
+        num_layers=3,
+        token_start=0,
+        codec="raw",
+        num_bytes=f.num_tokens * LAYOUT.bytes_per_token,
+    )
+)
+ENDS = messages(named("TransferEnd")).map(
+    lambda e: msgspec.structs.replace(e, epoch=e.epoch % 4, num_frames=1, num_tokens=4)
+)
+
+
+@given(
+    st.lists(
+        ENGINE
+        | (SANE | messages()).map(from_peer)
+        | (FRAMES | messages(named("KvFrame"))).map(frame_of)
+        | (ENDS | messages(named("TransferEnd"))).map(EndArrived),
+        max_size=40,
+    ),
+    st.sampled_from(["decode", "mixed"]),
+)
+@SETTINGS
+def test_a_decode_worker_survives_any_message(events: list[object], role: str) -> None:
+    pool = BlockPool(CONFIG.num_blocks, CONFIG.block_size)
+    receiver = Receiver(pool, LAYOUT, CONFIG, transfer_config())
+    scheduler = Scheduler(pool, CONFIG, frozenset([EOS_ID]))
+    decider = DecodeDecider("d-0", "1", role, CONFIG, pool, scheduler, receiver, VOCAB_SIZE)
+    run(decider, pool, events)
