@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from baton.engine.block_pool import BlockPool
 from baton.engine.plan import StepPlan
 from baton.engine.scheduler import Scheduler
-from baton.protocol.messages import Abort, Dispatch, Granted, Message, Reserve, RouterAlive
+from baton.protocol.messages import (
+    Abort,
+    Dispatch,
+    Granted,
+    Message,
+    Reserve,
+    RouterAlive,
+    TransferAck,
+    TransferNack,
+)
 from baton.worker.events import (
     FromPeer,
     RunStep,
@@ -43,13 +52,13 @@ from tests.support.message_strategies import messages
 CONFIG = engine_config(6, max_num_batched_tokens=8)
 SETTINGS = settings(
     deadline=None,
-    max_examples=250,
+    max_examples=200,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 BODIES = st.builds(
     body,
     request_id=st.sampled_from(["r", "s"]),
-    prompt=st.integers(0, 20),
+    prompt=st.just(4) | st.integers(0, 20),
     attempt=st.integers(0, 1),
     max_tokens=st.integers(-1, 6),
     deadline_in_s=st.sampled_from([0.0, 5.0, 600.0]),
@@ -66,7 +75,13 @@ SANE = (
     | st.builds(Abort, st.sampled_from(["r", "s"]), st.integers(0, 2**62))
     | st.builds(RouterAlive, st.just(1))
 )
-GRANTS = st.builds(Granted, st.sampled_from(["r/0", "s/0", "r/1"]), st.integers(0, 3), st.just(1.0))
+TRANSFERS = st.sampled_from(["r/0", "r/0", "s/0", "r/1"])
+EPOCHS = st.integers(0, 3)
+ANSWERS = (
+    st.builds(Granted, TRANSFERS, EPOCHS, st.just(1.0))
+    | st.builds(TransferAck, TRANSFERS, EPOCHS)
+    | st.builds(TransferNack, TRANSFERS, EPOCHS, EPOCHS, st.just("?"))
+)
 ENGINE = st.sampled_from([StepWanted(), StepWanted(), Tick(), StepRaised("boom"), "done", "done"])
 
 
@@ -98,13 +113,19 @@ def from_peer(message: Message) -> FromPeer:
     return FromPeer("router-0|1", "router-0", "router", message)  # type: ignore[arg-type]
 
 
+def from_decode(message: Message) -> FromDecode:
+    return FromDecode(DECODE, message)  # type: ignore[arg-type]
+
+
 @given(
     st.lists(
         ENGINE
-        | (SANE | messages()).map(from_peer)
-        | (GRANTS | messages()).map(lambda message: FromDecode(DECODE, message))
+        | SANE.map(from_peer)
+        | messages().map(from_peer)
+        | ANSWERS.map(from_decode)
+        | messages().map(from_decode)
         | st.just(DecodeRefused(DECODE, "no")),
-        max_size=40,
+        max_size=30,
     )
 )
 @SETTINGS
@@ -112,7 +133,9 @@ def test_a_prefill_worker_survives_any_message(events: list[object]) -> None:
     pool = BlockPool(CONFIG.num_blocks, CONFIG.block_size)
     sender = Sender(pool, LAYOUT, transfer_config())
     scheduler = Scheduler(pool, CONFIG, frozenset([EOS_ID]))
-    run(PrefillDecider("p-0", "1", pool, scheduler, sender, VOCAB_SIZE), pool, events)
+    begun = [from_peer(Dispatch(body("r", 4), DECODE)), StepWanted()]
+    decider = PrefillDecider("p-0", "1", pool, scheduler, sender, VOCAB_SIZE)
+    run(decider, pool, [*begun, *events])
 
 
 def frame_of(message: Any) -> FrameArrived:
@@ -126,28 +149,36 @@ def named(kind: str) -> type[Message]:
 FRAMES = messages(named("KvFrame")).map(
     lambda f: msgspec.structs.replace(
         f,
+        transfer_id="r/0",
         epoch=f.epoch % 4,
         fingerprint=LAYOUT.fingerprint(),
-        index=f.index % 3,
+        index=0,
         layer_start=0,
         num_layers=3,
         token_start=0,
+        num_tokens=4,
         codec="raw",
-        num_bytes=f.num_tokens * LAYOUT.bytes_per_token,
+        num_bytes=4 * LAYOUT.bytes_per_token,
+        checksum=7,
     )
 )
 ENDS = messages(named("TransferEnd")).map(
-    lambda e: msgspec.structs.replace(e, epoch=e.epoch % 4, num_frames=1, num_tokens=4)
+    lambda e: msgspec.structs.replace(
+        e, transfer_id="r/0", epoch=e.epoch % 4, num_frames=1, num_tokens=4
+    )
 )
 
 
 @given(
     st.lists(
         ENGINE
-        | (SANE | messages()).map(from_peer)
-        | (FRAMES | messages(named("KvFrame"))).map(frame_of)
-        | (ENDS | messages(named("TransferEnd"))).map(EndArrived),
-        max_size=40,
+        | SANE.map(from_peer)
+        | messages().map(from_peer)
+        | FRAMES.map(frame_of)
+        | ENDS.map(EndArrived)
+        | messages(named("KvFrame")).map(frame_of)
+        | messages(named("TransferEnd")).map(EndArrived),
+        max_size=30,
     ),
     st.sampled_from(["decode", "mixed"]),
 )
@@ -157,4 +188,5 @@ def test_a_decode_worker_survives_any_message(events: list[object], role: str) -
     receiver = Receiver(pool, LAYOUT, CONFIG, transfer_config())
     scheduler = Scheduler(pool, CONFIG, frozenset([EOS_ID]))
     decider = DecodeDecider("d-0", "1", role, CONFIG, pool, scheduler, receiver, VOCAB_SIZE)
-    run(decider, pool, events)
+    begun = [from_peer(Reserve("r/0", LAYOUT.fingerprint(), body("r", 4)))]
+    run(decider, pool, [*begun, *events])
