@@ -177,15 +177,15 @@ def _running(sshd: str, config: Path) -> Iterator[psutil.Process]:
     command = [*OWN_PROCESS_TABLE, sshd, "-D", "-e", "-f", str(config)]
     with (config.parent / "sshd.log").open("wb") as log:
         started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    process = psutil.Process(started.pid)
     try:
-        yield psutil.Process(started.pid)
+        yield process
     finally:
-        started.terminate()
-        try:
-            started.wait(CONNECT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            started.kill()
-            started.wait()
+        # unshare shrugs off SIGTERM, and there is nothing to save.
+        node = process.children(recursive=True)
+        started.kill()
+        started.wait()
+        psutil.wait_procs(node, timeout=CONNECT_TIMEOUT_S)
 
 
 def _wait_until_usable(client: SshClient, node: SshNode) -> None:
