@@ -43,7 +43,7 @@ def test_serve_answers_and_ctrl_c_ends_everything(tmp_path: Path) -> None:
             assert server.stdout is not None
             described = json.loads(server.stdout.readline())
             address = described["router"]["grpc_address"]
-            assert [worker["role"] for worker in described["workers"]] == ["prefill", "decode"]
+            assert {worker["role"] for worker in described["workers"]} == {"prefill", "decode"}
             family = psutil.Process(server.pid).children(recursive=True)
             assert {p.pid for p in family} >= {w["pid"] for w in described["workers"]}
 
