@@ -137,6 +137,7 @@ class DecodeLinks:
     def _close(self, decode: WorkerRef) -> None:
         connection = self._connections.pop(decode)
         self._closed_bytes += connection.pusher.num_bytes
+        connection.link.close()
         connection.pusher.close()
         for task in connection.tasks:
             task.cancel()

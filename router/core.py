@@ -179,7 +179,9 @@ class RouterCore:
     def _disconnect(self, worker_id: str) -> None:
         connection = self._links.pop(worker_id, None)
         if connection is not None:
-            connection[1].cancel()
+            link, task = connection
+            link.close()
+            task.cancel()
 
     async def _tick(self) -> None:
         num_ticks = 0

@@ -69,11 +69,16 @@ class Link:
         turns = Turns()
         try:
             self._send(self._hello)
-            while True:
+            while not self._socket.closed:
                 self._receive(await self._socket.recv_multipart())
                 await turns.take()
         finally:
             self._socket.close()
+
+    def close(self) -> None:
+        """Idempotent. A task that is cancelled before its first turn never reaches ``run``, so
+        cancelling alone could leave the socket open."""
+        self._socket.close()
 
     def send(self, message: Message) -> bool:
         """False when the peer has not answered and too much is waiting already."""
