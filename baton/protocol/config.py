@@ -101,7 +101,7 @@ class RouterConfig(_Section, frozen=True):
     http_port: Port = 8_000
     slo: SloConfig = SloConfig()
     placement: Literal["least_loaded", "round_robin"] = "least_loaded"
-    max_queued_requests: PositiveInt = 1_024
+    max_queued_requests: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
     """Requests in the cluster beyond which new ones are shed (429)."""
     default_timeout_s: PositiveFloat = 600.0
     max_timeout_s: PositiveFloat = 3_600.0
