@@ -198,7 +198,7 @@ class LoadReport(Message, frozen=True):
     """Prompts whose prefill ended before the decode side had room, since start."""
     num_preemptions: Count
     num_backpressured: Count
-    """Steps at which a waiting prompt did not fit, and reservations that had to wait, since start."""
+    """Steps at which a waiting prompt did not fit, reservations that had to wait; since start."""
     kv_bytes_sent: Count
     kv_bytes_received: Count
     kv_transport: Text
