@@ -94,6 +94,11 @@ class SloConfig(_Section, frozen=True):
     tpot_ms: PositiveFloat = 100.0
 
 
+class MigrationConfig(_Section, frozen=True):
+    enabled: Literal[False] = False
+    """Live migration comes with a later release: false only."""
+
+
 class RouterConfig(_Section, frozen=True):
     host: str = "127.0.0.1"
     grpc_port: Port = 50_051
@@ -109,6 +114,7 @@ class RouterConfig(_Section, frozen=True):
     worker_lease_s: PositiveFloat = 5.0
     """A worker that has not reported for so long counts as lost."""
     drain_timeout_s: PositiveFloat = 30.0
+    migration: MigrationConfig = MigrationConfig()
 
 
 class NetworkConfig(_Section, frozen=True):
@@ -124,3 +130,5 @@ class ClusterConfig(_Section, frozen=True):
     kv_transfer: KvTransferConfig = KvTransferConfig()
     router: RouterConfig = RouterConfig()
     network: NetworkConfig = NetworkConfig()
+    links: Annotated[tuple[str, ...], Meta(max_length=0)] = ()
+    """Measured or promised bandwidths come with the planner: an empty list only."""
