@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from baton.protocol.sampling import SamplingParams, TokenLogprobs
 
@@ -15,6 +16,11 @@ class SequenceChunk:
       positions below ``start`` is already in them.
     samples: draw the next token from the last position's logits (the chunk ends the known
       tokens). Its position, which keys the draw, is ``start + len(token_ids)``.
+    prompt_ids, output_ids: all that the sequence has, for what looks back (penalties, bad
+      words). ``output_ids`` is the sequence's own list, which grows when the step completes:
+      read it during the step, keep no reference.
+    num_prompt_logprobs: -1, or compute log-probabilities of the prompt tokens that this
+      chunk's rows predict, and of so many alternatives.
     """
 
     seq_id: str
@@ -23,14 +29,21 @@ class SequenceChunk:
     block_table: tuple[int, ...]
     samples: bool
     sampling: SamplingParams
+    prompt_ids: tuple[int, ...] = field(default=(), compare=False)
+    output_ids: Sequence[int] = field(default=(), compare=False)
+    num_prompt_logprobs: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward step. Chunks are packed without padding; a sequence occurs once."""
+    """One forward step. Chunks are packed without padding; a sequence occurs once.
+
+    gone: sequences that ended or left since the step before; what is kept for them may go.
+    """
 
     step: int
     chunks: tuple[SequenceChunk, ...]
+    gone: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -45,9 +58,20 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """``logprobs`` of the prompt tokens at positions ``start``, ``start + 1``, ...; start >= 1."""
+
+    seq_id: str
+    start: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """``sampled`` in the order of the plan's chunks that sample."""
+    """``sampled`` in the order of the plan's chunks that sample; ``prompt_logprobs`` of the
+    chunks that asked for them and predict a prompt token."""
 
     step: int
     sampled: tuple[SampledToken, ...]
     compute_seconds: float
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()

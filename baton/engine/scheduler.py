@@ -42,6 +42,9 @@ class Sequence:
     num_chunks: int = 0
     num_preemptions: int = 0
     is_dropped: bool = False
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt tokens behind the first, as far as computed; None when nobody asked. A
+    sequence that asks must compute its whole prompt: no cached prefix has them."""
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +71,8 @@ class NewToken:
     finish_reason: FinishReason
     stop_token_id: int
     """-1 unless one of the request's own stop_token_ids ended it."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """With a sequence's first token, when it asked for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,7 @@ class Scheduler:
         self._num_arrived = 0
         self._num_preemptions = 0
         self._num_blocked = 0
+        self._gone: list[str] = []
         self._watermark_blocks = int(config.watermark * pool.num_blocks)
 
     @property
@@ -131,6 +137,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV is to be computed here."""
         assert not sequence.block_table
+        if sequence.sampling.num_prompt_logprobs >= 0 and not sequence.output_ids:
+            sequence.prompt_logprobs = []
         self._register(sequence)
         heapq.heappush(self._waiting, (sequence.urgency, sequence.seq_id))
 
@@ -184,7 +192,8 @@ class Scheduler:
         if not chunks:
             return None
         self._num_steps += 1
-        self._in_flight = StepPlan(self._num_steps, tuple(chunks))
+        gone, self._gone = tuple(self._gone), []
+        self._in_flight = StepPlan(self._num_steps, tuple(chunks), gone)
         return self._in_flight
 
     def _admit(self, budget: int, chunks: list[SequenceChunk]) -> None:
@@ -215,6 +224,7 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, count: int) -> SequenceChunk:
         start = sequence.num_computed
+        asks = sequence.prompt_logprobs is not None and start + 1 < len(sequence.prompt_ids)
         return SequenceChunk(
             seq_id=sequence.seq_id,
             token_ids=sequence.tokens(start, start + count),
@@ -222,6 +232,9 @@ class Scheduler:
             block_table=tuple(sequence.block_table[: self.pool.blocks_for(start + count)]),
             samples=start + count == sequence.num_tokens,
             sampling=sequence.sampling,
+            prompt_ids=sequence.prompt_ids,
+            output_ids=sequence.output_ids,
+            num_prompt_logprobs=sequence.sampling.num_prompt_logprobs if asks else -1,
         )
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -253,6 +266,10 @@ class Scheduler:
         assert plan.step == result.step
         self._in_flight = None
         drawn: dict[str, SampledToken] = {s.seq_id: s for s in result.sampled}
+        for part in result.prompt_logprobs:
+            found = self._sequences[part.seq_id].prompt_logprobs
+            assert found is not None
+            found[part.start - 1 :] = part.logprobs
         news: list[NewToken] = []
         for chunk in plan.chunks:
             sequence = self._sequences[chunk.seq_id]
@@ -280,7 +297,11 @@ class Scheduler:
         if reason:
             self._remove(sequence)
             self._free(sequence)
-        return NewToken(sequence, drawn.token_id, drawn.logprobs, reason, stop_token_id)
+        prompt_logprobs = tuple(sequence.prompt_logprobs or ())
+        sequence.prompt_logprobs = None
+        return NewToken(
+            sequence, drawn.token_id, drawn.logprobs, reason, stop_token_id, prompt_logprobs
+        )
 
     def abandon_step(self) -> list[Sequence]:
         """The step in flight raised: drop its sequences and return those not dropped before."""
@@ -302,6 +323,7 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.seq_id]
+        self._gone.append(sequence.seq_id)
         if sequence in self._running:
             self._running.remove(sequence)
 
