@@ -21,6 +21,9 @@ class SequenceChunk:
       read it during the step, keep no reference.
     num_prompt_logprobs: -1, or compute log-probabilities of the prompt tokens that this
       chunk's rows predict, and of so many alternatives.
+    layer_start, num_layers: the layers to run these rows through (layered prefill); 0 layers
+      stand for all. The rows' hidden states stay with the executor until the last layer is
+      done; only then may ``samples`` be true.
     """
 
     seq_id: str
@@ -32,6 +35,16 @@ class SequenceChunk:
     prompt_ids: tuple[int, ...] = field(default=(), compare=False)
     output_ids: Sequence[int] = field(default=(), compare=False)
     num_prompt_logprobs: int = -1
+    layer_start: int = 0
+    num_layers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSwap:
+    """Copy one KV block, all layers, between the device's pool and the host's."""
+
+    block: int
+    host_block: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +52,16 @@ class StepPlan:
     """One forward step. Chunks are packed without padding; a sequence occurs once.
 
     gone: sequences that ended or left since the step before; what is kept for them may go.
+    swap_out, swap_in: copies to and from host memory, all of the former before any of the
+      latter, and both before the forward pass: a block swapped out may be written by a chunk
+      of this very step. A plan may consist of swaps alone.
     """
 
     step: int
     chunks: tuple[SequenceChunk, ...]
     gone: tuple[str, ...] = ()
+    swap_out: tuple[BlockSwap, ...] = ()
+    swap_in: tuple[BlockSwap, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -69,9 +87,12 @@ class PromptLogprobs:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """``sampled`` in the order of the plan's chunks that sample; ``prompt_logprobs`` of the
-    chunks that asked for them and predict a prompt token."""
+    chunks that asked for them and predict a prompt token. compute_seconds: the forward pass;
+    the copies of swaps are apart."""
 
     step: int
     sampled: tuple[SampledToken, ...]
     compute_seconds: float
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    swap_out_seconds: float = 0.0
+    swap_in_seconds: float = 0.0

@@ -63,6 +63,15 @@ class EngineConfig(_Section, frozen=True):
     """Decode room reserved beyond the prompt when a hand-over is granted."""
     watermark: Fraction = 0.02
     """Share of blocks that admission leaves free, so that running requests can grow."""
+    prefix_cache: bool = True
+    """Keep the KV of finished requests as long as its blocks are not needed, for prompts that
+    begin alike."""
+    swap_blocks: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    """KV blocks of host memory for preempted requests; they are swapped out or recomputed,
+    whichever is predicted cheaper. 0: always recomputed."""
+    prefill_mode: Literal["chunked", "layered"] = "chunked"
+    """How a long prompt is kept from stalling decodes: cut into chunks of tokens, or all its
+    tokens at once through a group of layers a step."""
 
 
 class PoolConfig(_Section, frozen=True):
