@@ -19,8 +19,9 @@ from baton.engine.kv_cache import Bytes, KvCache
 from baton.engine.models.decoder import forward
 from baton.engine.models.parameters import Parameters
 from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
-from baton.engine.rope import inverse_frequencies
-from baton.engine.sampler import draw_tokens, token_logprobs
+from baton.engine.rope import Rotary
+from baton.engine.sampler import Sampler
+from baton.engine.sampling.rows import SampleRow
 from baton.engine.step_inputs import StepShape, build_inputs
 from baton.engine.weights import Progress, load_parameters
 from baton.protocol.errors import ConfigError, InternalError
@@ -36,7 +37,8 @@ class Executor:
         self.spec = spec
         self._parameters = parameters
         self._cache = cache
-        self._frequencies = inverse_frequencies(spec.rope, spec.head_dim, device)
+        self._sampler = Sampler(spec.eos_token_ids)
+        self._rotary = Rotary(spec.ropes, spec.head_dim, device)
         self._shape = StepShape(
             vocab_size=spec.vocab_size,
             num_blocks=cache.num_blocks,
@@ -103,6 +105,7 @@ class Executor:
         finite: the error names it (``request_id``), and the others may be run again without it.
         """
         began = time.perf_counter()
+        self._sampler.forget(plan.gone)
         sampling = [c for c in plan.chunks if c.samples]
         logits = self._logits(plan)
         sampled = self._sample(logits, sampling) if sampling else ()
@@ -140,7 +143,7 @@ class Executor:
 
     def _logits(self, plan: StepPlan) -> Tensor:
         inputs = build_inputs(plan, self._shape)
-        return forward(self.spec, self._parameters, inputs, self._cache, self._frequencies)
+        return forward(self.spec, self._parameters, inputs, self._cache, self._rotary)
 
     def _sample(self, logits: Tensor, chunks: Sequence[SequenceChunk]) -> tuple[SampledToken, ...]:
         # The largest logit of a row is NaN when any of them is, and infinite on overflow.
@@ -148,13 +151,14 @@ class Executor:
         bad = [c.seq_id for c, ok in zip(chunks, sound, strict=True) if not ok]
         if bad:
             raise InternalError(f"the logits of {', '.join(bad)} are not finite", request_id=bad[0])
-        params = [c.sampling for c in chunks]
-        positions = [c.start + len(c.token_ids) for c in chunks]
-        token_ids = draw_tokens(logits, params, positions)
-        logprobs = token_logprobs(logits, token_ids, params)
-        return tuple(
-            SampledToken(c.seq_id, token_id, found)
-            for c, token_id, found in zip(chunks, token_ids.tolist(), logprobs, strict=True)
+        return self._sampler.sample(
+            logits,
+            [
+                SampleRow(
+                    c.seq_id, c.sampling, c.start + len(c.token_ids), c.prompt_ids, c.output_ids
+                )
+                for c in chunks
+            ],
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from baton.engine import step_inputs
 from baton.engine.executor import Executor
 from baton.engine.plan import SequenceChunk, StepPlan
-from baton.engine.sampler import draw_tokens
+from baton.engine.sampling.draw import draw_tokens
 from baton.protocol.errors import ConfigError, InternalError
 from baton.protocol.sampling import SamplingParams
 from tests.support.tiny_checkpoint import TINY_LLAMA, TINY_MISTRAL, write_checkpoint

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from baton.engine import sampler
 from baton.engine.philox import uniforms
-from baton.engine.sampler import best_ids, draw_tokens, token_logprobs
+from baton.engine.sampling import draw
+from baton.engine.sampling.draw import best_ids, draw_tokens
+from baton.engine.sampling.logprobs import token_logprobs
 from baton.protocol.sampling import SamplingParams
 
 NUM_DRAWS = 100_000
@@ -137,7 +138,7 @@ def test_top_p_keeps_no_more_than_it_needs() -> None:
 def test_the_ends_of_the_interval_draw_kept_tokens_only() -> None:
     weights = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]], dtype=torch.float64).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    assert sampler._invert(weights, ends).tolist() == [[1], [3]]
+    assert draw._invert(weights, ends).tolist() == [[1], [3]]
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-6, 100.0])
@@ -156,24 +157,16 @@ def test_few_candidates_first_gives_the_same_nucleus(monkeypatch: pytest.MonkeyP
     logits = torch.randn(6, 3_000, generator=torch.Generator().manual_seed(1)) * steepness
     params = [SamplingParams(temperature=1.0, top_p=0.97, seed=n) for n in range(6)]
     found = [draw_tokens(logits, params, [p] * 6).tolist() for p in range(40)]
-    monkeypatch.setattr(sampler, "NUCLEUS_CANDIDATES", 3_000)
+    monkeypatch.setattr(draw, "NUCLEUS_CANDIDATES", 3_000)
     assert found == [draw_tokens(logits, params, [p] * 6).tolist() for p in range(40)]
 
 
-def test_logprobs_are_of_the_plain_distribution() -> None:
-    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0], [9.0, 1.0, 1.0, 1.0]])
-    params = [
-        SamplingParams(temperature=0.2, top_k=1, num_logprobs=3),
-        SamplingParams(num_logprobs=-1),
-        SamplingParams(num_logprobs=0),
-    ]
-    found = token_logprobs(logits, torch.tensor([1, 0, 2]), params)
+def test_logprobs_list_the_best_first_and_ties_by_id() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0], [9.0, 1.0, 1.0, 1.0]])
     reference = logits.log_softmax(dim=-1)
-    assert found[1] is None
-    assert found[0] is not None
-    assert found[2] is not None
+    found = token_logprobs(reference, torch.tensor([1, 2]), [3, 0])
     assert found[0].logprob == pytest.approx(reference[0, 1].item())
     assert [t.token_id for t in found[0].top] == [1, 3, 2]
     assert [t.logprob for t in found[0].top] == pytest.approx(reference[0, [1, 3, 2]].tolist())
-    assert found[2].logprob == pytest.approx(reference[2, 2].item())
-    assert found[2].top == ()
+    assert found[1].logprob == pytest.approx(reference[1, 2].item())
+    assert found[1].top == ()
