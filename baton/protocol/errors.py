@@ -15,7 +15,8 @@
     |-- PeerError                 the other side broke a promise (hop says which)
     |   |-- WireError             bytes that do not decode, or break a cap
     |   |-- IncompatiblePeer      refused in the hello
-    |   `-- TransferFailed
+    |   |-- TransferFailed
+    |   `-- RankLost              a rank of a tensor-parallel worker is gone: so is the worker
     `-- InternalError             our bug
 
 An ``assert`` is our bug and never user-facing. Lower-level errors are mapped once,
@@ -143,6 +144,10 @@ class IncompatiblePeer(PeerError):
 
 class TransferFailed(PeerError):
     code = "transfer_failed"
+
+
+class RankLost(PeerError):
+    code = "rank_lost"
 
 
 class InternalError(BatonError):

@@ -12,7 +12,7 @@ def every_error() -> list[type[BatonError]]:
         for cls in vars(errors).values()
         if isinstance(cls, type) and issubclass(cls, BatonError) and cls is not BatonError
     ]
-    assert len(found) == 16
+    assert len(found) == 17
     return found
 
 
