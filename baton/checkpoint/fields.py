@@ -77,11 +77,39 @@ class Fields:
             return float(value)
         return self.malformed(name, f"a number from {low:g} to {high:g}")
 
+    def numbers(self, name: str, low: float, high: float, count: int) -> tuple[float, ...]:
+        """A list of ``count`` numbers, each from low to high. Raises ConfigError otherwise."""
+        value = self.values.get(name)
+        items = value if isinstance(value, list) else []
+        found = tuple(
+            float(item)
+            for item in items
+            if isinstance(item, int | float) and not isinstance(item, bool) and low <= item <= high
+        )
+        if len(found) != count or len(items) != count:
+            self.malformed(name, f"a list of {count} numbers from {low:g} to {high:g}")
+        return found
+
     def boolean(self, name: str, default: bool) -> bool:
         value = self.values.get(name)
         if value is None:
             return default
         return value if isinstance(value, bool) else self.malformed(name, "true or false")
+
+    def integers(self, name: str, low: int, high: int) -> tuple[int, ...]:
+        """A list of integers, each from low to high; empty when absent or null."""
+        value = self.values.get(name)
+        if value is None:
+            return ()
+        items = value if isinstance(value, list) else [value]
+        found = tuple(
+            item
+            for item in items
+            if isinstance(item, int) and not isinstance(item, bool) and low <= item <= high
+        )
+        if not isinstance(value, list) or len(found) != len(items):
+            self.malformed(name, f"a list of integers from {low} to {high}")
+        return found
 
     def text(self, name: str) -> str | None:
         """None when absent or null."""

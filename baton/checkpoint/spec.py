@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from baton.checkpoint.families import FAMILIES, Family
+from baton.checkpoint.families import FAMILIES, ExpertSpec, Family, Scales, TensorNames
 from baton.checkpoint.fields import Fields, read_json_object
 from baton.checkpoint.find import CONFIG_FILE
-from baton.checkpoint.rope_fields import RopeSpec, read_rope
+from baton.checkpoint.rope_fields import RopeContext, RopeSpec, reach
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -24,17 +25,46 @@ MAX_HEAD_DIM = 1_024
 MAX_POSITIONS = 2**26
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_ACTIVATIONS = ("silu", "swish")
+Activation = Literal["silu", "gelu_tanh"]
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+_NOT_QUANTISED = (
+    "weights in float32, bfloat16 or float16 that are not quantised "
+    "(take the checkpoint that this one was made from)"
+)
+_ONE_SHAPE = "layers that all have the same heads and sizes"
+_TEXT_ONLY = "decoders of text alone"
+_REFUSED = {
+    "quantization_config": _NOT_QUANTISED,
+    "compression_config": _NOT_QUANTISED,
+    "is_encoder_decoder": "decoders without an encoder",
+    "add_cross_attention": "decoders without an encoder",
+    "use_bidirectional_attention": "causal attention",
+    "vision_config": _TEXT_ONLY,
+    "audio_config": _TEXT_ONLY,
+    "block_configs": _ONE_SHAPE,
+    "per_layer_config": _ONE_SHAPE,
+    "global_head_dim": _ONE_SHAPE,
+}
+"""Field -> what is supported instead; refused unless absent, null, false, 0 or empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A decoder-only transformer with RMSNorm, RoPE, grouped-query attention and a gated MLP.
 
-    sliding_windows: per layer, how many newest tokens (itself included) a token sees; None
-      for all. qkv_bias / output_bias: of the attention projections. qk_norm: RMSNorm over
-      each head of Q and K before RoPE. eos_token_ids: of generation_config.json and
-      config.json together. dtype: what the weights are stored in.
+    max_position_embeddings: how many positions can be served (see ``rope_fields.reach``).
+    ropes, sliding_windows, experts: one entry per layer. sliding_windows: how many newest tokens
+      (itself included) a token sees; None for all. experts: None for a plain MLP of
+      intermediate_size, which is 0 when every layer has experts.
+    qkv_bias / output_bias: of the attention projections. qk_norm: RMSNorm over each head of Q
+      and K before RoPE. norm_offset: what norms multiply with is the stored weight plus this.
+    eos_token_ids: of generation_config.json and config.json together. dtype: what the weights
+      are stored in. names: what the checkpoint calls its tensors.
     """
 
     family: str
@@ -47,10 +77,14 @@ class ModelSpec:
     head_dim: int
     intermediate_size: int
     rms_norm_eps: float
-    rope: RopeSpec
+    norm_offset: float
+    activation: Activation
+    scales: Scales
+    ropes: tuple[RopeSpec, ...]
     tie_word_embeddings: bool
     max_position_embeddings: int
     sliding_windows: tuple[int | None, ...]
+    experts: tuple[ExpertSpec | None, ...]
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -58,6 +92,7 @@ class ModelSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str
+    names: TensorNames
 
 
 def load_spec(folder: Path) -> ModelSpec:
@@ -76,6 +111,10 @@ def load_spec(folder: Path) -> ModelSpec:
     max_positions = config.integer("max_position_embeddings", 1, MAX_POSITIONS)
     hidden_size, num_heads, num_kv_heads, head_dim = _read_heads(config, family)
     biases = family.biases(config)
+    windows = family.sliding_windows(config, num_layers)
+    experts = family.experts(config, num_layers)
+    context = RopeContext(max_positions, head_dim, family.default_theta, family.partial_rotary)
+    ropes = family.ropes(config, windows, context)
     bos_token_id, eos_token_ids = _read_special_ids(folder, config, vocab_size)
     return ModelSpec(
         family=family.name,
@@ -86,12 +125,18 @@ def load_spec(folder: Path) -> ModelSpec:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=config.integer("intermediate_size", 1, MAX_WIDTH),
-        rms_norm_eps=config.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
-        rope=read_rope(config, max_positions),
-        tie_word_embeddings=config.boolean("tie_word_embeddings", False),
-        max_position_embeddings=max_positions,
-        sliding_windows=family.sliding_windows(config, num_layers),
+        intermediate_size=config.integer("intermediate_size", 1, MAX_WIDTH)
+        if None in experts
+        else 0,
+        rms_norm_eps=config.number("rms_norm_eps", 0.0, 1.0, default=family.default_rms_norm_eps),
+        norm_offset=family.norm_offset,
+        activation=_read_activation(config, family),
+        scales=family.scales(config, hidden_size, head_dim),
+        ropes=ropes,
+        tie_word_embeddings=config.boolean("tie_word_embeddings", family.tied_by_default),
+        max_position_embeddings=min(reach(rope, max_positions) for rope in ropes),
+        sliding_windows=windows,
+        experts=experts,
         qkv_bias=biases.qkv,
         output_bias=biases.output,
         mlp_bias=biases.mlp,
@@ -99,6 +144,7 @@ def load_spec(folder: Path) -> ModelSpec:
         bos_token_id=bos_token_id,
         eos_token_ids=eos_token_ids,
         dtype=_read_dtype(config),
+        names=family.names,
     )
 
 
@@ -123,12 +169,17 @@ def _read_family(config: Fields) -> tuple[str, Family]:
 
 
 def _refuse_unsupported(config: Fields) -> None:
-    for name in ("quantization_config", "compression_config"):
-        if config.has(name):
-            config.unsupported(name, "weights that are not quantised (float32, bfloat16, float16)")
-    activation = config.text("hidden_act")
-    if activation is not None and activation not in _ACTIVATIONS:
-        config.unsupported("hidden_act", "silu")
+    """Fields that would change the arithmetic, whatever the architecture says."""
+    for name, supported in _REFUSED.items():
+        if config.values.get(name):
+            config.unsupported(name, supported)
+
+
+def _read_activation(config: Fields, family: Family) -> Activation:
+    name = config.text(family.activation_field) or family.default_activation
+    if name not in _ACTIVATIONS:
+        config.unsupported(family.activation_field, ", ".join(sorted(_ACTIVATIONS)))
+    return _ACTIVATIONS[name]
 
 
 def _read_heads(config: Fields, family: Family) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baton.checkpoint.find import weight_files
 from baton.checkpoint.spec import ModelSpec
-from baton.engine.models.parameters import Parameters, allocate, destinations, per_head
+from baton.engine.models.parameters import Destination, Parameters, allocate, destinations
 from baton.protocol.errors import ConfigError, UnsupportedModel
 
 Progress = Callable[[int, int], None]
@@ -41,32 +41,28 @@ def load_parameters(
     """
     parameters = allocate(spec, dtype, device)
     wanted = destinations(spec, parameters)
-    repeated = per_head(spec, parameters)
-    total = len(wanted) + len(repeated)
     filled: set[str] = set()
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
-                    if name in repeated:
-                        _fill(path, name, file.get_tensor(name), repeated[name], rows=True)
-                    elif name in wanted:
-                        _fill(path, name, file.get_tensor(name), wanted[name], rows=False)
+                    if name in wanted:
+                        _fill(path, name, file.get_tensor(name), wanted[name])
                     elif _is_ignored(name, spec):
                         continue
                     else:
                         _refuse(path, name, spec)
                     filled.add(name)
                     if progress is not None:
-                        progress(len(filled), total)
+                        progress(len(filled), len(wanted))
         except (SafetensorError, OSError) as exc:
             raise ConfigError(f"{path}: cannot be read as safetensors ({exc})") from exc
-    _check_complete(folder, (*wanted, *repeated), filled, spec)
+    _check_complete(folder, wanted, filled, spec)
     return parameters
 
 
-def _fill(path: Path, name: str, source: Tensor, view: Tensor, *, rows: bool) -> None:
-    shape = view.shape[1:] if rows else view.shape
+def _fill(path: Path, name: str, source: Tensor, to: Destination) -> None:
+    shape = to.view.shape[1:] if to.repeated else to.view.shape
     if source.shape != shape:
         raise ConfigError(
             f"{path}: {name} has shape {list(source.shape)}; config.json says {list(shape)}",
@@ -78,7 +74,9 @@ def _fill(path: Path, name: str, source: Tensor, view: Tensor, *, rows: bool) ->
             "supported: float32, bfloat16, float16",
             param=name,
         )
-    view.copy_(source)
+    to.view.copy_(source)
+    if to.offset:
+        to.view.add_(to.offset)
 
 
 def _is_ignored(name: str, spec: ModelSpec) -> bool:

@@ -32,10 +32,38 @@ def same_in_all_layers(config: Fields, num_layers: int) -> tuple[int | None, ...
     window = None
     if config.has("sliding_window") or "sliding_window" not in config.values:
         window = config.integer("sliding_window", 1, MAX_WINDOW, default=4_096)
+    return _uniform(config, window, num_layers)
+
+
+def same_in_all_layers_if_given(config: Fields, num_layers: int) -> tuple[int | None, ...]:
+    """Mixtral, Phi-3: absent and null both are full attention."""
+    window = None
+    if config.has("sliding_window"):
+        window = config.integer("sliding_window", 1, MAX_WINDOW)
+    return _uniform(config, window, num_layers)
+
+
+def same_in_all_layers_if_used(config: Fields, num_layers: int) -> tuple[int | None, ...]:
+    """Qwen3-MoE: off unless ``use_sliding_window``; ``max_window_layers`` has no meaning."""
+    if not config.boolean("use_sliding_window", False):
+        return _uniform(config, None, num_layers)
+    return same_in_all_layers_if_given(config, num_layers)
+
+
+def _uniform(config: Fields, window: int | None, num_layers: int) -> tuple[int | None, ...]:
     expected = FULL if window is None else SLIDING
     if set(read_layer_types(config, num_layers) or (expected,)) != {expected}:
         config.unsupported("layer_types", f"{expected} in all layers, as sliding_window says")
     return (window,) * num_layers
+
+
+def in_a_pattern(config: Fields, num_layers: int, period: int) -> tuple[int | None, ...]:
+    """Gemma: by ``layer_types``; where absent, full attention in every ``period``-th layer."""
+    window = config.integer("sliding_window", 1, MAX_WINDOW, default=4_096)
+    kinds = read_layer_types(config, num_layers)
+    if kinds is None:
+        kinds = tuple(SLIDING if (n + 1) % period else FULL for n in range(num_layers))
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def in_upper_layers(config: Fields, num_layers: int) -> tuple[int | None, ...]:

@@ -6,7 +6,7 @@ Shapes: T rows (tokens of a step), H query heads, K KV heads, D head_dim.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
+from torch.nn.functional import gelu, linear, rms_norm, silu
 
 from baton.checkpoint.spec import ModelSpec
 from baton.engine.attention import attend
@@ -19,32 +19,38 @@ from baton.engine.step_inputs import StepInputs
 
 
 def forward(
-    spec: ModelSpec, parameters: Parameters, inputs: StepInputs, cache: KvCache, rotary: Rotary
+    spec: ModelSpec,
+    parameters: Parameters,
+    inputs: StepInputs,
+    cache: KvCache,
+    rotary: Rotary,
+    group: Group = ALONE,
 ) -> Tensor:
     """Logits ``[S, vocab]`` float32 of ``inputs.sample_rows``; K and V of all rows are stored.
 
     Rows that do not sample end before the final norm: nobody reads their logits. With several
     ranks, ``spec`` and ``parameters`` are this rank's part, and rank 0 alone gets the logits.
     """
-    hidden = _embed(spec, parameters, inputs.token_ids)
+    hidden = _embed(spec, parameters, inputs.token_ids, group)
     turns = rotary.rotations(inputs.positions)
     for number, layer in enumerate(parameters.layers):
         normed = _norm(hidden, layer.input_norm, spec)
         mixed = _attention(spec, layer, normed, inputs, cache, number, turns[number])
-        hidden = hidden + _norm(mixed, layer.attention_out_norm, spec)
+        hidden = hidden + _norm(group.reduce(mixed), layer.attention_out_norm, spec)
         normed = _norm(hidden, layer.mlp_norm, spec)
-        hidden = hidden + _norm(_mlp(spec, layer.mlp, normed), layer.mlp_out_norm, spec)
+        mixed = _mlp(spec, layer.mlp, normed)
+        hidden = hidden + _norm(group.reduce(mixed), layer.mlp_out_norm, spec)
     last = hidden.index_select(0, inputs.sample_rows)
-    logits = linear(_norm(last, parameters.final_norm, spec), parameters.lm_head).float()
-    return soft_cap(logits, spec.scales.logit_soft_cap)
+    logits = linear(_norm(last, parameters.final_norm, spec), parameters.lm_head)
+    return soft_cap(group.join_logits(logits).float(), spec.scales.logit_soft_cap)
 
 
 def soft_cap(values: Tensor, cap: float | None) -> Tensor:
     return values if cap is None else cap * (values / cap).tanh()
 
 
-def _embed(spec: ModelSpec, parameters: Parameters, token_ids: Tensor) -> Tensor:
-    rows = embedding(token_ids, parameters.embedding)
+def _embed(spec: ModelSpec, parameters: Parameters, token_ids: Tensor, group: Group) -> Tensor:
+    rows = group.embed(token_ids, parameters.embedding)
     scale = spec.scales.embedding
     # The factor is rounded to the rows' dtype first, as the models were trained.
     return rows if scale == 1.0 else rows * rows.new_tensor(scale)

@@ -38,7 +38,7 @@ def test_baton_tiny() -> None:
     assert (spec.bos_token_id, spec.eos_token_ids) == (0, (1,))
     assert spec.tie_word_embeddings
     assert spec.dtype == "bfloat16"
-    assert spec.rope == RopeSpec(theta=10_000.0)
+    assert set(spec.ropes) == {RopeSpec(theta=10_000.0)}
 
 
 def test_old_and_new_spelling_are_one_spec(tmp_path: Path) -> None:
@@ -56,20 +56,20 @@ def test_old_and_new_spelling_are_one_spec(tmp_path: Path) -> None:
         dtype="bfloat16",
     )
     assert old == new
-    assert new.rope == RopeSpec("llama3", 500_000.0, 32.0, 1.0, 4.0, 8192)
+    assert new.ropes[1] == RopeSpec("llama3", 500_000.0, 32.0, 1.0, 4.0, 8192)
     assert new.dtype == "bfloat16"
 
 
 def test_the_oldest_scaling_says_type(tmp_path: Path) -> None:
     spec = load(tmp_path, TINY_LLAMA, rope_scaling={"type": "linear", "factor": 2})
-    assert spec.rope == RopeSpec("linear", 10_000.0, 2.0)
+    assert spec.ropes[0] == RopeSpec("linear", 10_000.0, 2.0)
 
 
 def test_absent_fields_mean_what_the_families_say(tmp_path: Path) -> None:
     llama = load(tmp_path, without(TINY_LLAMA, "num_key_value_heads", "rope_theta", "torch_dtype"))
     assert llama.num_kv_heads == llama.num_heads
     assert llama.head_dim == 8
-    assert llama.rope.theta == 10_000.0
+    assert llama.ropes[0].theta == 10_000.0
     assert llama.dtype == "float32"
     assert not any((llama.qkv_bias, llama.output_bias, llama.mlp_bias, llama.qk_norm))
     qwen2 = load(tmp_path, QWEN2)
@@ -109,7 +109,7 @@ def test_end_ids_of_both_files(tmp_path: Path) -> None:
     ("base", "field", "value"),
     [
         (TINY_LLAMA, "architectures", ["LlamaForSequenceClassification"]),
-        (TINY_LLAMA, "architectures", ["MixtralForCausalLM"]),
+        (TINY_LLAMA, "architectures", ["MambaForCausalLM"]),
         (TINY_LLAMA, "model_type", "mixtral"),
         (TINY_LLAMA, "hidden_act", "gelu"),
         (TINY_LLAMA, "quantization_config", {"quant_method": "awq"}),
@@ -140,8 +140,8 @@ def test_what_cannot_be_run_is_named(
 @pytest.mark.parametrize(
     ("field", "scaling"),
     [
-        ("rope_type", {"rope_type": "yarn", "factor": 4.0}),
-        ("type", {"type": "dynamic", "factor": 4.0}),
+        ("rope_type", {"rope_type": "proportional", "factor": 4.0}),
+        ("type", {"type": "mrope", "factor": 4.0}),
         ("full_attention", {"full_attention": {"rope_type": "default"}}),
         ("partial_rotary_factor", {"rope_type": "default", "partial_rotary_factor": 0.25}),
     ],

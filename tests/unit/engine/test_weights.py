@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from baton.checkpoint.spec import load_spec
-from baton.engine.models.parameters import Parameters
+from baton.engine.models.parameters import Mlp, Parameters
 from baton.engine.weights import load_parameters
 from baton.protocol.errors import ConfigError, UnsupportedModel
 from tests.support.tiny_checkpoint import TINY_LLAMA, tiny_weights, write_checkpoint, write_config
@@ -23,14 +23,15 @@ def test_every_tensor_finds_its_place(tmp_path: Path) -> None:
     weights = tiny_weights(TINY_LLAMA)
     parameters = load(write_checkpoint(tmp_path))
     layer = parameters.layers[1]
+    assert isinstance(layer.mlp, Mlp)
     prefix = "model.layers.1."
     qkv = [weights[f"{prefix}self_attn.{p}_proj.weight"] for p in "qkv"]
     gate_up = [weights[f"{prefix}mlp.{p}_proj.weight"] for p in ("gate", "up")]
     assert torch.equal(layer.qkv, torch.cat(qkv))
-    assert torch.equal(layer.gate_up, torch.cat(gate_up))
+    assert torch.equal(layer.mlp.gate_up, torch.cat(gate_up))
     assert torch.equal(layer.output, weights[f"{prefix}self_attn.o_proj.weight"])
-    assert torch.equal(layer.down, weights[f"{prefix}mlp.down_proj.weight"])
-    assert torch.equal(layer.post_norm, weights[f"{prefix}post_attention_layernorm.weight"])
+    assert torch.equal(layer.mlp.down, weights[f"{prefix}mlp.down_proj.weight"])
+    assert torch.equal(layer.mlp_norm, weights[f"{prefix}post_attention_layernorm.weight"])
     assert torch.equal(parameters.embedding, weights["model.embed_tokens.weight"])
     assert torch.equal(parameters.lm_head, weights["lm_head.weight"])
 
