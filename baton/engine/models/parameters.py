@@ -214,7 +214,7 @@ def _parts(
         if len(names) == 1:
             yield f"{names[0]}.{kind}", Destination(tensor, segments=sizes)
         else:
-            for name, view in zip(names, tensor.split(list(sizes)), strict=True):
+            for name, view in zip(names, torch.split(tensor, list(sizes)), strict=True):
                 yield f"{name}.{kind}", Destination(view)
 
 
