@@ -232,7 +232,7 @@ class DecodeDecider:
                 outputs,
                 body.sampling,
                 body.priority,
-                block_table=list(arrived.blocks),
+                block_table=tuple(arrived.blocks),
                 num_computed=len(body.prompt_ids) + len(body.output_ids),
             )
         )
@@ -281,6 +281,7 @@ class DecodeDecider:
             finish_reason=new.finish_reason,
             stop_token_id=new.stop_token_id,
             hop=hop,
+            prompt_logprobs=new.prompt_logprobs,
         )
         self._desk.put(job.body.router_id, item, now)
         if new.finish_reason:

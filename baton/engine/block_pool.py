@@ -1,12 +1,17 @@
 """Ownership of KV blocks. Pure: it hands out ids and knows no tensor.
 
-Invariant: every block is free or has exactly one named owner; it becomes free only when
-that owner, by name, gives it back.
+Invariant: every block is free or has named holders; it becomes free only when each of them,
+by name, has given it back. A block may also have a key that says what its rows hold. A block
+with a key that nobody holds counts as free and keeps its contents until it is needed: the
+one unused for longest goes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from baton.protocol.block_hash import BlockKey
 
 
 class OutOfBlocks(Exception):
@@ -17,73 +22,153 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._owner: list[str | None] = [None] * num_blocks
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        """Free, and nothing in them is worth keeping."""
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        """Free, with a key; the one unused for longest first."""
+        self._holders: dict[int, set[str]] = {}
         self._num_held: dict[str, int] = {}
+        self._key_of: dict[int, BlockKey] = {}
+        self._block_of: dict[BlockKey, int] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._blank) + len(self._kept)
+
+    @property
+    def num_kept(self) -> int:
+        """Free blocks whose contents can still be found."""
+        return len(self._kept)
 
     @property
     def owners(self) -> frozenset[str]:
         return frozenset(self._num_held)
+
+    def holders(self, block: int) -> frozenset[str]:
+        return frozenset(self._holders.get(block, ()))
+
+    def num_holders(self, block: int) -> int:
+        return len(self._holders.get(block, ()))
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, owner: str, count: int) -> list[int]:
         """All or nothing: raises OutOfBlocks and then nothing has changed."""
-        if count > len(self._free):
-            raise OutOfBlocks(f"{owner} wants {count} blocks, {len(self._free)} are free")
+        if count > self.num_free:
+            raise OutOfBlocks(f"{owner} wants {count} blocks, {self.num_free} are free")
         if count == 0:
             return []
-        taken = self._free[-count:][::-1]
-        del self._free[-count:]
+        taken = self._blank[-count:][::-1]
+        del self._blank[-count:]
+        while len(taken) < count:
+            block, _ = self._kept.popitem(last=False)
+            del self._block_of[self._key_of.pop(block)]
+            taken.append(block)
         for block in taken:
-            self._owner[block] = owner
+            self._holders[block] = {owner}
         self._num_held[owner] = self._num_held.get(owner, 0) + count
         return taken
 
-    def release(self, owner: str, blocks: Sequence[int]) -> None:
-        self._check_owner(owner, blocks)
+    def share(self, owner: str, blocks: Sequence[int]) -> None:
+        """Hold blocks that have a key beside whoever holds them, or out of the free ones."""
         for block in blocks:
-            self._owner[block] = None
-        self._free.extend(blocks)
+            assert block in self._key_of, f"{owner} shares block {block}, which has no key"
+            holders = self._holders.get(block)
+            if holders is None:
+                del self._kept[block]
+                self._holders[block] = {owner}
+            else:
+                assert owner not in holders, f"{owner} holds block {block} already"
+                holders.add(owner)
+        if blocks:
+            self._num_held[owner] = self._num_held.get(owner, 0) + len(blocks)
+
+    def release(self, owner: str, blocks: Sequence[int]) -> None:
+        """Give blocks back, named in the order of their tokens: of two kept ones, the later is
+        of no use without the earlier, and goes first."""
+        self._check_owner(owner, blocks)
+        for block in reversed(blocks):
+            holders = self._holders[block]
+            holders.remove(owner)
+            if holders:
+                continue
+            del self._holders[block]
+            if block in self._key_of:
+                self._kept[block] = None
+            else:
+                self._blank.append(block)
         self._lose(owner, len(blocks))
 
     def hand_over(self, owner: str, heir: str, blocks: Sequence[int]) -> None:
-        """The blocks keep their contents and change their owner."""
+        """The blocks keep their contents and other holders; ``heir`` takes ``owner``'s place."""
         self._check_owner(owner, blocks)
         for block in blocks:
-            self._owner[block] = heir
+            holders = self._holders[block]
+            holders.remove(owner)
+            assert heir not in holders, f"{heir} holds block {block} already"
+            holders.add(heir)
         self._lose(owner, len(blocks))
         if blocks:
             self._num_held[heir] = self._num_held.get(heir, 0) + len(blocks)
 
+    def publish(self, block: int, key: BlockKey) -> bool:
+        """A held block's rows are complete and final: let ``find`` lead to it.
+
+        False when another block has that key: this one then stays its holders' alone.
+        """
+        assert block in self._holders, f"block {block} is not held"
+        assert block not in self._key_of, f"block {block} has a key already"
+        if key in self._block_of:
+            return False
+        self._block_of[key] = block
+        self._key_of[block] = key
+        return True
+
+    def find(self, key: BlockKey) -> int | None:
+        return self._block_of.get(key)
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Take the keys away: the contents are doubtful, or about to be overwritten."""
+        for block in blocks:
+            key = self._key_of.pop(block, None)
+            if key is None:
+                continue
+            del self._block_of[key]
+            if block in self._kept:
+                del self._kept[block]
+                self._blank.append(block)
+
     def check_integrity(self) -> list[str]:
         """Sentences about broken invariants; empty when all is well."""
         problems = []
-        held = [block for block, owner in enumerate(self._owner) if owner is not None]
-        if len(held) + len(self._free) != self.num_blocks:
+        free = [*self._blank, *self._kept]
+        if len(self._holders) + len(free) != self.num_blocks:
             problems.append(
-                f"{len(self._free)} free + {len(held)} held blocks of {self.num_blocks}"
+                f"{len(free)} free + {len(self._holders)} held blocks of {self.num_blocks}"
             )
-        if len(set(self._free)) != len(self._free):
+        if len(set(free)) != len(free):
             problems.append("a block is free twice")
-        if any(self._owner[block] is not None for block in self._free):
+        if any(block in self._holders for block in free):
             problems.append("a free block has an owner")
         counts: dict[str, int] = {}
-        for block in held:
-            owner = self._owner[block]
-            assert owner is not None
-            counts[owner] = counts.get(owner, 0) + 1
+        for holders in self._holders.values():
+            if not holders:
+                problems.append("a held block has no holder")
+            for owner in holders:
+                counts[owner] = counts.get(owner, 0) + 1
         if counts != self._num_held:
             problems.append("owners' counts do not add up")
+        if {block: key for key, block in self._block_of.items()} != self._key_of:
+            problems.append("keys and blocks do not match")
+        if any(block in self._key_of for block in self._blank):
+            problems.append("a blank block has a key")
+        if any(block not in self._key_of for block in self._kept):
+            problems.append("a kept block has no key")
         return problems
 
     def _check_owner(self, owner: str, blocks: Sequence[int]) -> None:
-        wrong = [b for b in blocks if self._owner[b] != owner]
+        wrong = [b for b in blocks if owner not in self._holders.get(b, ())]
         assert not wrong, f"{owner} does not own blocks {wrong[:8]}"
         assert len(set(blocks)) == len(blocks), f"{owner} names a block twice"
 

@@ -4,101 +4,57 @@ Pure: no torch, no clock. Prefill, decode and recompute after a preemption are o
 here, as in vLLM's V1 scheduler: a sequence knows ``tokens`` and has KV for the first
 ``num_computed``; a step runs some of the rest, and draws a token when it runs all of it.
 
-Running sequences come first, so a prompt's chunks never stall a decode (Sarathi-Serve,
-section 4); waiting ones are admitted whole (blocks for all tokens they know), so that two
+Sequences that run one token come first, so a prompt's chunks never stall a decode
+(Sarathi-Serve, section 4); what is left of the token budget goes to prompts, to the last
+token. Waiting ones are admitted whole (blocks for all tokens they know), so that two
 half-admitted prompts cannot starve each other. When a running sequence cannot grow, the
-least urgent one is preempted: its blocks go, and it waits to be recomputed.
+least urgent one is preempted: its blocks go, and it waits to be recomputed or copied back.
 """
 
 from __future__ import annotations
 
-import heapq
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
 
 from baton.engine.block_pool import BlockPool
+from baton.engine.host_swap import HostSwap
 from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
+from baton.engine.prefix_cache import NOTHING, PrefixCache
+from baton.engine.running_set import RunningSet
+from baton.engine.sequence import FinishReason, NewToken, SchedulerCounts, Sequence
+from baton.engine.wait_queue import WaitQueue
+from baton.protocol.block_hash import BlockKey
 from baton.protocol.config import EngineConfig
-from baton.protocol.sampling import SamplingParams, TokenLogprobs
 
-FinishReason = Literal["", "stop", "length"]
-
-
-@dataclass(slots=True)
-class Sequence:
-    """One attempt at one request. ``prompt_ids`` never change; ``output_ids`` grow.
-
-    priority: the lower runs first (vLLM's convention); equal ones in order of arrival.
-    """
-
-    seq_id: str
-    prompt_ids: tuple[int, ...]
-    output_ids: list[int]
-    sampling: SamplingParams
-    priority: int = 0
-    order: int = 0
-    block_table: list[int] = field(default_factory=list)
-    num_computed: int = 0
-    num_chunks: int = 0
-    num_preemptions: int = 0
-    is_dropped: bool = False
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    """Of the prompt tokens behind the first, as far as computed; None when nobody asked. A
-    sequence that asks must compute its whole prompt: no cached prefix has them."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
-
-    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
-        cut = len(self.prompt_ids)
-        if stop <= cut:
-            return self.prompt_ids[start:stop]
-        return self.prompt_ids[start:cut] + tuple(self.output_ids[max(0, start - cut) : stop - cut])
-
-    @property
-    def urgency(self) -> tuple[int, int]:
-        return (self.priority, self.order)
-
-
-@dataclass(frozen=True, slots=True)
-class NewToken:
-    """A token drawn for a sequence, and whether it was the last one."""
-
-    sequence: Sequence
-    token_id: int
-    logprobs: TokenLogprobs | None
-    finish_reason: FinishReason
-    stop_token_id: int
-    """-1 unless one of the request's own stop_token_ids ended it."""
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """With a sequence's first token, when it asked for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerCounts:
-    num_preemptions: int
-    num_blocked: int
-    """Steps at which the most urgent waiting sequence did not fit into the free blocks."""
+__all__ = ["FinishReason", "NewToken", "Scheduler", "SchedulerCounts", "Sequence"]
 
 
 class Scheduler:
     """One step is in flight at a time: ``schedule``, run it, ``complete``, again.
 
     Blocks of a sequence dropped meanwhile stay its own until ``complete``: the engine may
-    still be writing to them.
+    still be writing to them. block_bytes: of one KV block, all layers (for ``swap_blocks``).
     """
 
     def __init__(
-        self, pool: BlockPool, config: EngineConfig, eos_token_ids: frozenset[int]
+        self,
+        pool: BlockPool,
+        config: EngineConfig,
+        eos_token_ids: frozenset[int],
+        *,
+        block_bytes: int = 0,
     ) -> None:
         self.pool = pool
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: list[tuple[tuple[int, int], str]] = []
-        self._running: list[Sequence] = []
+        self._waiting = WaitQueue()
+        self._running = RunningSet()
+        self._cache = PrefixCache(pool) if config.prefix_cache else None
+        self._swap = HostSwap(pool, config.swap_blocks, block_bytes) if config.swap_blocks else None
         self._in_flight: StepPlan | None = None
+        self._batch: list[Sequence] = []
+        """The sequences of the step in flight, in the order of its chunks."""
+        self._batch_ids: frozenset[str] = frozenset()
         self._num_steps = 0
         self._num_arrived = 0
         self._num_preemptions = 0
@@ -112,16 +68,22 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._sequences) - len(self._running)
+        return len(self._waiting)
 
     @property
     def num_waiting_tokens(self) -> int:
-        running = {s.seq_id for s in self._running}
-        return sum(s.num_tokens for s in self._sequences.values() if s.seq_id not in running)
+        return self._waiting.num_tokens
 
     @property
     def counts(self) -> SchedulerCounts:
-        return SchedulerCounts(self._num_preemptions, self._num_blocked)
+        cache, swap = self._cache, self._swap
+        return SchedulerCounts(
+            num_preemptions=self._num_preemptions,
+            num_blocked=self._num_blocked,
+            num_swapped_out=swap.num_swapped_out if swap else 0,
+            num_cache_queried_tokens=cache.num_queried_tokens if cache else 0,
+            num_cache_hit_tokens=cache.num_hit_tokens if cache else 0,
+        )
 
     @property
     def has_step_in_flight(self) -> bool:
@@ -134,24 +96,28 @@ class Scheduler:
     def get(self, seq_id: str) -> Sequence | None:
         return self._sequences.get(seq_id)
 
+    # --- coming and going ---------------------------------------------------------------
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose KV is to be computed here."""
         assert not sequence.block_table
         if sequence.sampling.num_prompt_logprobs >= 0 and not sequence.output_ids:
             sequence.prompt_logprobs = []
         self._register(sequence)
-        heapq.heappush(self._waiting, (sequence.urgency, sequence.seq_id))
+        self._waiting.push(sequence)
 
     def add_computed(self, sequence: Sequence) -> None:
         """Join a sequence whose blocks (owned under its seq_id) hold KV of ``num_computed``."""
         assert sequence.block_table
         assert sequence.num_computed == sequence.num_tokens - 1
         self._register(sequence)
-        self._running.append(sequence)
+        if self._cache is not None:
+            self._cache.received(sequence)
+        self._running.add(sequence)
 
     def _register(self, sequence: Sequence) -> None:
         assert sequence.seq_id not in self._sequences, f"{sequence.seq_id} is here already"
-        sequence.order = self._num_arrived
+        sequence.arrived(self._num_arrived)
         self._num_arrived += 1
         self._sequences[sequence.seq_id] = sequence
 
@@ -160,7 +126,7 @@ class Scheduler:
         sequence = self._sequences.get(seq_id)
         if sequence is None or sequence.is_dropped:
             return False
-        if self._is_in_flight(seq_id):
+        if seq_id in self._ids_in_flight():
             sequence.is_dropped = True
         else:
             self._remove(sequence)
@@ -170,118 +136,204 @@ class Scheduler:
     def take_blocks(self, sequence: Sequence, heir: str) -> list[int]:
         """End a sequence here but keep its KV: the blocks go to ``heir``."""
         self._remove(sequence)
-        blocks, sequence.block_table = sequence.block_table, []
+        blocks, sequence.block_table = list(sequence.block_table), ()
         self.pool.hand_over(sequence.seq_id, heir, blocks)
         return blocks
+
+    def _ids_in_flight(self) -> frozenset[str]:
+        if self._in_flight is not None and not self._batch_ids:
+            self._batch_ids = frozenset(s.seq_id for s in self._batch)
+        return self._batch_ids
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.seq_id]
+        self._gone.append(sequence.seq_id)
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self._stop(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """It runs no more: whoever waits for what it was to compute may look again."""
+        self._running.remove(sequence)
+        if self._cache is not None:
+            self._wake(self._cache.left(sequence))
+
+    def _wake(self, keys: Iterable[BlockKey]) -> None:
+        for key in keys:
+            self._waiting.wake(key)
+
+    def _free(self, sequence: Sequence) -> None:
+        blocks, sequence.block_table = sequence.block_table, ()
+        self.pool.release(sequence.seq_id, blocks)
+        sequence.num_computed = sequence.num_named = 0
+        if self._swap is not None:
+            self._swap.drop(sequence)
+
+    # --- a step -------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run now."""
         assert self._in_flight is None, "one step at a time"
         budget = self._config.max_num_batched_tokens
-        chunks: list[SequenceChunk] = []
         num_preempted = self._num_preemptions
-        for sequence in sorted(self._running, key=lambda s: s.urgency):
-            if budget == 0 or not sequence.block_table:
-                continue
-            count = min(sequence.num_tokens - sequence.num_computed, budget)
-            if self._grow(sequence, sequence.num_computed + count):
-                chunks.append(self._chunk(sequence, count))
-                budget -= count
+        size = self.pool.block_size
+        chunks: list[SequenceChunk] = []
+        self._batch = []
+        prompts: list[Sequence] = []
+        for sequence in self._running.in_order():
+            if sequence.num_tokens - sequence.num_computed > 1:
+                prompts.append(sequence)
+            elif budget > 0 and sequence.block_table:
+                has_room = len(sequence.block_table) * size > sequence.num_computed
+                if has_room or self._grow(sequence):
+                    chunks.append(self._chunk(sequence, 1))
+                    budget -= 1
+        for sequence in prompts:
+            if budget > 0 and sequence.block_table:
+                budget -= self._add_prompt(sequence, budget, chunks)
         if self._num_preemptions == num_preempted:
             self._admit(budget, chunks)
-        if not chunks:
+        swap_out, swap_in = self._swap.planned() if self._swap else ((), ())
+        if not chunks and not swap_out:
             return None
         self._num_steps += 1
         gone, self._gone = tuple(self._gone), []
-        self._in_flight = StepPlan(self._num_steps, tuple(chunks), gone)
+        self._in_flight = StepPlan(self._num_steps, tuple(chunks), gone, swap_out, swap_in)
         return self._in_flight
 
+    def _add_prompt(self, sequence: Sequence, budget: int, chunks: list[SequenceChunk]) -> int:
+        """Its next tokens, as many as the budget has; their number."""
+        count = min(sequence.num_tokens - sequence.num_computed, budget)
+        chunks.append(self._chunk(sequence, count))
+        return count
+
     def _admit(self, budget: int, chunks: list[SequenceChunk]) -> None:
-        while budget > 0 and len(self._running) < self._config.max_num_seqs:
-            sequence = self._peek_waiting()
-            if sequence is None:
+        seats = self._config.max_num_seqs
+        while budget > 0 and len(self._running) < seats:
+            sequence = self._waiting.peek()
+            # Each look at a parked one costs time: no more of them than could ever run.
+            if sequence is None or self._waiting.num_parked >= seats:
                 return
-            need = self.pool.blocks_for(sequence.num_tokens)
-            spare = self._watermark_blocks if self._running else 0
-            if need + spare > self.pool.num_free:
+            found = NOTHING if self._cache is None else self._cache.find(sequence)
+            if found.awaited is not None and not sequence.host_blocks:
+                self._waiting.park(sequence, found.awaited)
+                continue
+            if not self._fits(sequence, found.blocks):
                 self._num_blocked += 1
                 return
-            heapq.heappop(self._waiting)
-            sequence.block_table = self.pool.allocate(sequence.seq_id, need)
-            self._running.append(sequence)
-            count = min(sequence.num_tokens, budget)
-            chunks.append(self._chunk(sequence, count))
-            budget -= count
+            self._waiting.remove(sequence)
+            self._seat(sequence, found.blocks)
+            budget -= self._add_prompt(sequence, budget, chunks)
 
-    def _peek_waiting(self) -> Sequence | None:
-        while self._waiting:
-            urgency, seq_id = self._waiting[0]
-            sequence = self._sequences.get(seq_id)
-            if sequence is not None and sequence.urgency == urgency:
-                return sequence
-            heapq.heappop(self._waiting)
-        return None
+    def _fits(self, sequence: Sequence, found: tuple[int, ...]) -> bool:
+        """Found blocks that nobody holds count as free, but are not free for the rest."""
+        need = self.pool.blocks_for(sequence.num_tokens) - len(found)
+        unheld = sum(self.pool.num_holders(block) == 0 for block in found)
+        spare = self._watermark_blocks if self._running else 0
+        return need + unheld + spare <= self.pool.num_free
+
+    def _seat(self, sequence: Sequence, found: tuple[int, ...]) -> None:
+        """Give it its blocks, and KV for as many of its tokens as there is somewhere."""
+        need = self.pool.blocks_for(sequence.num_tokens) - len(found)
+        self.pool.share(sequence.seq_id, found)
+        sequence.block_table = found + tuple(self.pool.allocate(sequence.seq_id, need))
+        sequence.num_named = len(found)
+        sequence.num_cached = len(found) * self.pool.block_size
+        if sequence.host_blocks:
+            assert self._swap is not None
+            self._swap.back(sequence, len(found))
+        sequence.num_computed = max(sequence.num_computed, sequence.num_cached)
+        self._running.add(sequence)
+        if self._cache is not None:
+            self._cache.admitted(sequence)
 
     def _chunk(self, sequence: Sequence, count: int) -> SequenceChunk:
         start = sequence.num_computed
+        stop = start + count
+        table = sequence.block_table
+        needed = -(-stop // self.pool.block_size)
         asks = sequence.prompt_logprobs is not None and start + 1 < len(sequence.prompt_ids)
+        self._batch.append(sequence)
         return SequenceChunk(
-            seq_id=sequence.seq_id,
-            token_ids=sequence.tokens(start, start + count),
-            start=start,
-            block_table=tuple(sequence.block_table[: self.pool.blocks_for(start + count)]),
-            samples=start + count == sequence.num_tokens,
-            sampling=sequence.sampling,
-            prompt_ids=sequence.prompt_ids,
-            output_ids=sequence.output_ids,
-            num_prompt_logprobs=sequence.sampling.num_prompt_logprobs if asks else -1,
+            sequence.seq_id,
+            sequence.tokens(start, stop),
+            start,
+            table if len(table) == needed else table[:needed],
+            stop == sequence.num_tokens,
+            sequence.sampling,
+            sequence.prompt_ids,
+            sequence.output_ids,
+            sequence.sampling.num_prompt_logprobs if asks else -1,
         )
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give ``sequence`` blocks for ``num_tokens``, at the cost of less urgent ones."""
-        need = self.pool.blocks_for(num_tokens) - len(sequence.block_table)
-        while need > self.pool.num_free:
-            victim = max(
-                (s for s in self._running if s.block_table),
-                key=lambda s: s.urgency,
-            )
+    # --- growth and preemption ----------------------------------------------------------
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """One more block for ``sequence``, at the cost of less urgent ones; False when it was
+        the least urgent itself."""
+        swap = self._swap
+        while not self.pool.num_free and not (swap and swap.num_reusable):
+            victim = self._running.least_urgent
             self._preempt(victim)
             if victim is sequence:
                 return False
-        if need > 0:
-            sequence.block_table += self.pool.allocate(sequence.seq_id, need)
+        if self.pool.num_free:
+            blocks = self.pool.allocate(sequence.seq_id, 1)
+        else:
+            assert swap is not None
+            blocks = swap.reuse(sequence.seq_id, 1)
+        sequence.block_table += tuple(blocks)
         return True
 
     def _preempt(self, victim: Sequence) -> None:
         self._num_preemptions += 1
         victim.num_preemptions += 1
-        self._running.remove(victim)
-        self._free(victim)
-        heapq.heappush(self._waiting, (victim.urgency, victim.seq_id))
+        self._stop(victim)
+        if self._swap is not None and self._swap.pays(victim):
+            self._swap.out(victim)
+        else:
+            self._free(victim)
+        self._waiting.push(victim)
+
+    # --- results ------------------------------------------------------------------------
 
     def complete(self, result: StepResult) -> list[NewToken]:
         """Book the step in flight. Finished sequences are gone from here, their blocks free."""
         plan = self._in_flight
         assert plan is not None
         assert plan.step == result.step
-        self._in_flight = None
-        drawn: dict[str, SampledToken] = {s.seq_id: s for s in result.sampled}
+        batch = self._end_step()
+        if self._swap is not None:
+            self._swap.completed(plan, result)
         for part in result.prompt_logprobs:
             found = self._sequences[part.seq_id].prompt_logprobs
             assert found is not None
             found[part.start - 1 :] = part.logprobs
+        drawn = iter(result.sampled)
         news: list[NewToken] = []
-        for chunk in plan.chunks:
-            sequence = self._sequences[chunk.seq_id]
+        for chunk, sequence in zip(plan.chunks, batch, strict=True):
+            token = next(drawn) if chunk.samples else None
             if sequence.is_dropped:
                 self._remove(sequence)
                 self._free(sequence)
                 continue
-            sequence.num_computed = chunk.start + len(chunk.token_ids)
+            self._computed(sequence, chunk.start + len(chunk.token_ids))
             sequence.num_chunks += 1
-            if chunk.samples:
-                news.append(self._append(sequence, drawn[chunk.seq_id]))
+            if token is not None:
+                assert token.seq_id == chunk.seq_id, "samples come in the order of their chunks"
+                news.append(self._append(sequence, token))
         return news
+
+    def _end_step(self) -> list[Sequence]:
+        batch, self._batch = self._batch, []
+        self._in_flight, self._batch_ids = None, frozenset()
+        return batch
+
+    def _computed(self, sequence: Sequence, num_computed: int) -> None:
+        sequence.num_computed = num_computed
+        if self._cache is not None and num_computed // self.pool.block_size > sequence.num_named:
+            self._wake(self._cache.computed(sequence))
 
     def _append(self, sequence: Sequence, drawn: SampledToken) -> NewToken:
         sequence.output_ids.append(drawn.token_id)
@@ -304,42 +356,31 @@ class Scheduler:
         )
 
     def abandon_step(self) -> list[Sequence]:
-        """The step in flight raised: drop its sequences and return those not dropped before."""
-        plan = self._in_flight
-        assert plan is not None
-        self._in_flight = None
-        failed = []
-        for chunk in plan.chunks:
-            sequence = self._sequences[chunk.seq_id]
-            if not sequence.is_dropped:
-                failed.append(sequence)
+        """The step in flight raised: drop its sequences and return those not dropped before.
+
+        What is cached of them goes too: a prompt that fails because of the KV it shares would
+        otherwise fail again and again.
+        """
+        assert self._in_flight is not None
+        batch = self._end_step()
+        if self._swap is not None:
+            self._swap.abandoned()
+        for sequence in batch:
+            self.pool.forget(sequence.block_table)
             self._remove(sequence)
             self._free(sequence)
-        return failed
-
-    def _is_in_flight(self, seq_id: str) -> bool:
-        plan = self._in_flight
-        return plan is not None and any(c.seq_id == seq_id for c in plan.chunks)
-
-    def _remove(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.seq_id]
-        self._gone.append(sequence.seq_id)
-        if sequence in self._running:
-            self._running.remove(sequence)
-
-    def _free(self, sequence: Sequence) -> None:
-        blocks, sequence.block_table = sequence.block_table, []
-        self.pool.release(sequence.seq_id, blocks)
-        sequence.num_computed = 0
+        return [sequence for sequence in batch if not sequence.is_dropped]
 
     def check_integrity(self) -> list[str]:
-        problems = self.pool.check_integrity()
-        for sequence in self._running:
-            if self._sequences.get(sequence.seq_id) is not sequence:
-                problems.append(f"{sequence.seq_id} runs but is not registered")
-        queued = {seq_id for _, seq_id in self._waiting}
+        problems = self.pool.check_integrity() + self._waiting.check_integrity()
+        problems += self._running.check_integrity()
         running = {s.seq_id for s in self._running}
-        for seq_id in self._sequences:
-            if seq_id not in queued and seq_id not in running:
-                problems.append(f"{seq_id} neither waits nor runs")
+        for seq_id in running - set(self._sequences):
+            problems.append(f"{seq_id} runs but is not registered")
+        for seq_id in set(self._sequences) - running - self._waiting.ids():
+            problems.append(f"{seq_id} neither waits nor runs")
+        if self._cache is not None:
+            problems += self._cache.check_integrity(running)
+        if self._swap is not None:
+            problems += self._swap.check_integrity()
         return problems

@@ -202,8 +202,9 @@ class HandoverMachine(RuleBasedStateMachine):
         index, cut = left.popleft()
         if not left:
             source.pushing = None
-        owners = {source.pool._owner[b] for b in job.block_table}
-        assert owners <= {job.transfer_id, owner_name(job.transfer_id)}, "read after release"
+        for block in job.block_table:
+            held = source.pool.holders(block) & {job.transfer_id, owner_name(job.transfer_id)}
+            assert held, "read after release"
         size = cut.num_layers * cut.num_tokens * ROW_BYTES
         payload = f"{job.transfer_id}:{index}".encode().ljust(size, b".")
         frame = KvFrame(
@@ -249,7 +250,7 @@ class HandoverMachine(RuleBasedStateMachine):
         counts = self.written.setdefault((transfer, frame.epoch), Counter())
         for token in range(frame.token_start, frame.token_start + frame.num_tokens):
             block = table[token // TARGET_BLOCK]
-            assert self.target._owner[block] == transfer, "written to another's block"
+            assert self.target.holders(block) == {transfer}, "written to another's block"
             for layer in range(frame.layer_start, frame.layer_start + frame.num_layers):
                 self.memory[block, token % TARGET_BLOCK, layer] = (transfer, layer, token)
                 counts[layer, token] += 1
@@ -271,7 +272,7 @@ class HandoverMachine(RuleBasedStateMachine):
     @precondition(lambda self: "running" in self.target.owners)
     @rule()
     def finish_decoding(self) -> None:
-        blocks = [b for b, owner in enumerate(self.target._owner) if owner == "running"]
+        blocks = [b for b in range(NUM_TARGET_BLOCKS) if "running" in self.target.holders(b)]
         self.target.release("running", blocks)
         self._receive([])
 

@@ -1,0 +1,34 @@
+"""Names of KV blocks by content: what a block's rows are made of, and all tokens before it.
+
+Part of the protocol, so that whoever asks for a prefix and whoever has it agree. Chained
+BLAKE2b cut to 128 bits: a crafted prompt must not meet another's key, and a key must not
+depend on the process that computed it (Python's ``hash`` does both).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import NewType
+
+BlockKey = NewType("BlockKey", bytes)
+
+KEY_BYTES = 16
+EXACT = "exact"
+"""The quality class of KV that was computed, or moved byte for byte."""
+
+
+@lru_cache(maxsize=1_024)
+def root_key(tenant: str = "", quality: str = EXACT) -> BlockKey:
+    """The parent of a sequence's first block: who may share it, and how good its KV is."""
+    assert "\0" not in quality
+    salt = f"{quality}\0{tenant}".encode()
+    return BlockKey(blake2b(salt, digest_size=KEY_BYTES, person=b"baton kv root").digest())
+
+
+def block_key(parent: BlockKey, token_ids: Sequence[int]) -> BlockKey:
+    """The key of a full block of ``token_ids`` behind the block (or root) named ``parent``."""
+    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
+    return BlockKey(blake2b(parent + packed, digest_size=KEY_BYTES, person=b"baton kv").digest())
