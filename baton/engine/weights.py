@@ -16,6 +16,7 @@ from torch import Tensor
 from baton.checkpoint.find import weight_files
 from baton.checkpoint.spec import ModelSpec
 from baton.engine.models.parameters import Destination, Parameters, allocate, destinations
+from baton.engine.parallel.shard import WHOLE, Shard, part_of, pieces
 from baton.protocol.errors import ConfigError, UnsupportedModel
 
 Progress = Callable[[int, int], None]
@@ -33,21 +34,28 @@ def load_parameters(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    shard: Shard = WHOLE,
 ) -> Parameters:
-    """Parameters converted to ``dtype`` on ``device``.
+    """Parameters converted to ``dtype`` on ``device``; of several ranks, the part of one.
+
+    spec: of the whole model.
 
     Raises ConfigError or UnsupportedModel that names the tensor and the file: one that is
     missing, has another shape than config.json says, another kind of numbers, or no place.
     """
-    parameters = allocate(spec, dtype, device)
-    wanted = destinations(spec, parameters)
+    part = part_of(spec, shard)
+    parameters = allocate(part, dtype, device)
+    wanted = destinations(part, parameters)
+    whole = destinations(spec, allocate(spec, dtype, torch.device("meta")))
     filled: set[str] = set()
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     if name in wanted:
-                        _fill(path, name, file.get_tensor(name), wanted[name])
+                        source = file.get_tensor(name)
+                        _check(path, name, source, whole[name])
+                        _fill(source, wanted[name], whole[name], shard)
                     elif _is_ignored(name, spec):
                         continue
                     else:
@@ -61,8 +69,8 @@ def load_parameters(
     return parameters
 
 
-def _fill(path: Path, name: str, source: Tensor, to: Destination) -> None:
-    shape = to.view.shape[1:] if to.repeated else to.view.shape
+def _check(path: Path, name: str, source: Tensor, whole: Destination) -> None:
+    shape = whole.view.shape[1:] if whole.repeated else whole.view.shape
     if source.shape != shape:
         raise ConfigError(
             f"{path}: {name} has shape {list(source.shape)}; config.json says {list(shape)}",
@@ -74,7 +82,22 @@ def _fill(path: Path, name: str, source: Tensor, to: Destination) -> None:
             "supported: float32, bfloat16, float16",
             param=name,
         )
-    to.view.copy_(source)
+
+
+def _fill(source: Tensor, to: Destination, whole: Destination, shard: Shard) -> None:
+    """``source`` views the mapped file: only what is copied of it is read."""
+    if to.summed and shard.rank > 0:
+        to.view.zero_()
+        return
+    segments = tuple(zip(whole.segments, to.segments, strict=True))
+    cut = [] if to.repeated else pieces(whole.view.shape, to.view.shape, shard, segments)
+    if not cut:
+        to.view.copy_(source)
+    elif sum(piece.length for piece in cut) < to.view.shape[cut[0].axis]:
+        to.view.zero_()
+    for piece in cut:
+        target = to.view.narrow(piece.axis, piece.target, piece.length)
+        target.copy_(source.narrow(piece.axis, piece.source, piece.length))
     if to.offset:
         to.view.add_(to.offset)
 

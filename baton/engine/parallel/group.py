@@ -8,13 +8,14 @@ Shapes: T rows, h hidden size, S rows that sample, V vocabulary.
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import GatherOptions, ProcessGroupGloo, Store
-from torch.nn.functional import embedding, pad
+from torch.distributed import GatherOptions, Store, TCPStore
+from torch.nn.functional import embedding
 
 from baton.engine.parallel.shard import Shard
 from baton.protocol.errors import RankLost
@@ -111,3 +112,63 @@ class RankGroup:
                 f"rank {self._shard.rank} of {self._shard.size} waited for the others in vain "
                 f"(deadline {self._deadline_s:g} s): {exc}"
             ) from exc
+
+
+LOOPBACK_HOST, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+
+
+def host_store(num_ranks: int, deadline_s: float) -> tuple[Store, int]:
+    """Where the ranks find each other, and its port: on loopback only, unlike torch's own."""
+    listener = socket.create_server((LOOPBACK_HOST, 0))
+    port = int(listener.getsockname()[1])
+    store = TCPStore(
+        LOOPBACK_HOST,
+        port,
+        num_ranks,
+        is_master=True,
+        timeout=timedelta(seconds=deadline_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
+
+
+def find_store(port: int, num_ranks: int, deadline_s: float) -> Store:
+    """Raises RankLost when rank 0's store is not there."""
+    timeout = timedelta(seconds=deadline_s)
+    try:
+        return TCPStore(LOOPBACK_HOST, port, num_ranks, is_master=False, timeout=timeout)
+    except RuntimeError as exc:
+        raise RankLost(f"rank 0 cannot be found on port {port}: {exc}") from exc
+
+
+def join(
+    store: Store, shard: Shard, vocab_size: int, device: torch.device, deadline_s: float
+) -> RankGroup:
+    """Meet the other ranks. Raises RankLost when one does not come within the deadline.
+
+    The group is not torch's global one: two executors of one process, as in tests, are two groups.
+    """
+    try:
+        backend = _backend(store, shard, device, timedelta(seconds=deadline_s))
+    except RuntimeError as exc:
+        raise RankLost(
+            f"rank {shard.rank} of {shard.size} did not meet the others within "
+            f"{deadline_s:g} s: {exc}"
+        ) from exc
+    return RankGroup(backend, shard, vocab_size, deadline_s, ordered=device.type == "cpu")
+
+
+def _backend(store: Store, shard: Shard, device: torch.device, timeout: timedelta) -> Any:
+    if device.type == "cuda":
+        nccl: Any = torch.distributed.ProcessGroupNCCL
+        options = nccl.Options()
+        options._timeout = timeout
+        backend = nccl(store, shard.rank, shard.size, options)
+        backend.eager_connect_single_device(device)
+        return backend
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timeout
+    options._devices = [gloo.create_device(interface=LOOPBACK_INTERFACE)]
+    return gloo(store, shard.rank, shard.size, options)
