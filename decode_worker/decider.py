@@ -151,7 +151,14 @@ class DecodeDecider:
             return [self._desk.failed(body, code, reason, retryable=retryable)]
         self._jobs[seq_id] = _Job(body, now, now + body.deadline_in_s)
         self._scheduler.add(
-            Sequence(seq_id, body.prompt_ids, list(body.output_ids), body.sampling, body.priority)
+            Sequence(
+                seq_id,
+                body.prompt_ids,
+                list(body.output_ids),
+                body.sampling,
+                body.priority,
+                tenant=body.tenant,
+            )
         )
         return []
 
@@ -232,6 +239,7 @@ class DecodeDecider:
                 outputs,
                 body.sampling,
                 body.priority,
+                tenant=body.tenant,
                 block_table=tuple(arrived.blocks),
                 num_computed=len(body.prompt_ids) + len(body.output_ids),
             )
@@ -336,6 +344,9 @@ class DecodeDecider:
             num_tasks=facts.num_tasks,
             step_count=scheduler.num_steps,
             integrity_errors=tuple(self._check_integrity()),
+            num_swapped_out=counts.num_swapped_out,
+            num_cache_queried_tokens=counts.num_cache_queried_tokens,
+            num_cache_hit_tokens=counts.num_cache_hit_tokens,
         )
 
     def _check_integrity(self) -> list[str]:

@@ -159,7 +159,14 @@ class PrefillDecider:
             return [self._desk.failed(body, "invalid_request", reason, retryable=False)]
         self._jobs[seq_id] = _Job(body, decode, now, now + body.deadline_in_s)
         self._scheduler.add(
-            Sequence(seq_id, body.prompt_ids, list(body.output_ids), body.sampling, body.priority)
+            Sequence(
+                seq_id,
+                body.prompt_ids,
+                list(body.output_ids),
+                body.sampling,
+                body.priority,
+                tenant=body.tenant,
+            )
         )
         return []
 
@@ -228,6 +235,7 @@ class PrefillDecider:
             finish_reason=new.finish_reason,
             stop_token_id=new.stop_token_id,
             hop=hop,
+            prompt_logprobs=new.prompt_logprobs,
         )
         self._desk.put(job.body.router_id, item, now)
         if new.finish_reason:
@@ -309,6 +317,9 @@ class PrefillDecider:
             num_tasks=facts.num_tasks,
             step_count=scheduler.num_steps,
             integrity_errors=tuple(self._check_integrity()),
+            num_swapped_out=counts.num_swapped_out,
+            num_cache_queried_tokens=counts.num_cache_queried_tokens,
+            num_cache_hit_tokens=counts.num_cache_hit_tokens,
         )
 
     def _check_integrity(self) -> list[str]:

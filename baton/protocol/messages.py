@@ -82,6 +82,8 @@ class RequestBody(msgspec.Struct, frozen=True, array_like=True):
     sampling: SamplingParams
     priority: int
     deadline_in_s: Seconds
+    tenant: Text = ""
+    """Requests share cached prompts within one tenant only."""
 
 
 class Dispatch(Message, frozen=True):
@@ -132,6 +134,8 @@ class TokenItem(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: Text = ""
     stop_token_id: int = -1
     hop: HopTimes | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """With the first token, where asked: of the prompt's tokens behind its first."""
 
 
 class TokenBatch(Message, frozen=True):
@@ -206,6 +210,11 @@ class LoadReport(Message, frozen=True):
     num_tasks: Count
     step_count: Count
     integrity_errors: tuple[Text, ...] = ()
+    num_swapped_out: Count = 0
+    """Of the preemptions, those whose KV went to host memory; since start."""
+    num_cache_queried_tokens: Count = 0
+    """Tokens of admitted sequences that were looked up in the prefix cache; since start."""
+    num_cache_hit_tokens: Count = 0
 
 
 class Reserve(Message, frozen=True):
