@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from baton.protocol.constraint import Constraint
 from baton.protocol.errors import InvalidRequest
 
 MAX_TOKENS_CAP = 1_000_000
@@ -21,6 +22,7 @@ MAX_LISTED_TOKEN_IDS = 16_384
 """Of allowed_token_ids and of bad_token_ids."""
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 64
+MAX_BAD_WORD_CHARS = 256
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 REPETITION_PENALTIES = (0.01, 100.0)
@@ -42,6 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     bad_token_sequences: of two tokens or more; the last one is never drawn behind the
     others. min_tokens: until then neither EOS nor stop_token_ids are drawn.
     num_prompt_logprobs: as num_logprobs, of the prompt's own tokens but the first.
+    constraint: structured output; when its text is complete, EOS is the only token left.
     """
 
     max_tokens: int = 16
@@ -62,6 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
     min_tokens: int = 0
     num_prompt_logprobs: int = -1
+    constraint: Constraint | None = None
 
     def validate(self) -> None:
         """Raise InvalidRequest that names the field, its value and what is allowed."""
@@ -95,6 +99,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             f"0 to max_tokens, which is {self.max_tokens}",
         )
         self._validate_lists()
+        self._validate_constraint()
+
+    def _validate_constraint(self) -> None:
+        """A complete text ends the request: nothing may ask for more tokens then."""
+        if self.constraint is None:
+            return
+        self.constraint.validate()
+        if self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos is true; allowed with structured output: false, for EOS ends it",
+                param="ignore_eos",
+            )
+        _check("min_tokens", self.min_tokens, self.min_tokens == 0, "0 with structured output")
 
     def _validate_lists(self) -> None:
         _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)

@@ -37,6 +37,8 @@ def _of(info: inspect.Type) -> st.SearchStrategy[Any]:
         case inspect.StrType():
             text = st.text(min_size=info.min_length or 0, max_size=12)
             return st.sampled_from(FAMILIAR) | text
+        case inspect.LiteralType():
+            return st.sampled_from(info.values)
         case inspect.BoolType():
             return st.booleans()
         case inspect.NoneType():
