@@ -10,41 +10,56 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
 from baton.checkpoint.digest import model_digest
 from baton.checkpoint.spec import ModelSpec, load_spec
 from baton.engine.kv_cache import Bytes, KvCache
-from baton.engine.models.decoder import forward
-from baton.engine.models.parameters import Parameters
+from baton.engine.models.backends import backend_for
+from baton.engine.models.decoder import Decoder
+from baton.engine.models.model import assemble
+from baton.engine.parallel.group import ALONE, Group
+from baton.engine.parallel.kv import join_heads, split_heads
+from baton.engine.parallel.messages import LoadSettings, ReadKv, WriteKv
+from baton.engine.parallel.ranks import STEP_DEADLINE_S, Ranks
+from baton.engine.parallel.shard import allowed_sizes, part_of, refusals
 from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
-from baton.engine.rope import Rotary
 from baton.engine.sampler import Sampler
 from baton.engine.sampling.rows import SampleRow
-from baton.engine.step_inputs import StepShape, build_inputs
+from baton.engine.step_inputs import StepInputs, StepShape, build_inputs
 from baton.engine.weights import Progress, load_parameters
-from baton.protocol.errors import ConfigError, InternalError
+from baton.protocol.errors import ConfigError, InternalError, RankLost
 from baton.protocol.layout import DTYPE_BYTES, KvLayout
 
 
 class Executor:
-    """Parameters and KV blocks of one model on one device."""
+    """Parameters and KV blocks of one model on one device, or one rank's part of them.
+
+    Rank 0 of several has the others as ``ranks`` and speaks for all: KV goes in and out as that
+    of the whole model. ``close`` ends them.
+    """
 
     def __init__(
-        self, spec: ModelSpec, parameters: Parameters, cache: KvCache, device: torch.device
+        self,
+        spec: ModelSpec,
+        layout: KvLayout,
+        decoder: Decoder,
+        cache: KvCache,
+        device: torch.device,
+        ranks: Ranks | None,
     ) -> None:
         self.spec = spec
-        self._parameters = parameters
+        self.layout = layout
+        self._ranks = ranks
+        self._decoder = decoder
         self._cache = cache
         self._sampler = Sampler(spec.eos_token_ids)
-        self._rotary = Rotary(spec.ropes, spec.head_dim, device)
         self._shape = StepShape(
             vocab_size=spec.vocab_size,
             num_blocks=cache.num_blocks,
             block_size=cache.block_size,
-            windows=spec.sliding_windows,
-            mask_dtype=cache.blocks.dtype,
             device=device,
         )
 
@@ -58,44 +73,117 @@ class Executor:
         num_blocks: int,
         block_size: int,
         num_threads: int,
+        deterministic: bool = False,
+        tensor_parallel: int = 1,
+        rank_deadline_s: float = STEP_DEADLINE_S,
         progress: Progress | None = None,
     ) -> Executor:
         """Load the checkpoint in ``folder`` (see ``checkpoint.find.resolve``).
 
-        dtype: of the KV cache and of the arithmetic. On a CPU the products of ``bfloat16``
-        and ``float16`` run in float32 on weights widened to it: CPUs without matrix units for
-        these types are ten times slower in them. The KV cache keeps the dtype, so that CPU and
-        GPU workers have the same layout. Sets the process's compute threads.
-        Raises ConfigError or UnsupportedModel for a folder or device that cannot be used.
+        dtype: of the KV cache, the weights and, on a GPU, the arithmetic; a CPU computes in
+        float32 on what it reads in that dtype. Sets the process's compute threads.
+        deterministic: a request's logits are bitwise the same whatever shares its batch and
+        however it is cut into chunks (see ``models.backends``).
+        tensor_parallel: processes over which the model is split, this one and children of the
+        calling thread; the KV blocks, the threads and the device's memory are each one's own.
+        rank_deadline_s: the longest that one waits for another before all end.
+        Raises ConfigError or UnsupportedModel for a folder or device that cannot be used, and
+        RankLost.
         """
-        target = _device(device)
-        spec = load_spec(folder)
-        torch.set_num_threads(num_threads)
-        cache_dtype = _dtype(dtype)
-        compute_dtype = torch.float32 if target.type == "cpu" else cache_dtype
+        settings = LoadSettings(
+            folder=str(folder),
+            dtype=dtype,
+            device=device,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_threads=num_threads,
+            deterministic=deterministic,
+            num_ranks=tensor_parallel,
+        )
+        if tensor_parallel == 1:
+            return cls.load_part(settings, ALONE, progress=progress)
+        spec, own_device = cls.prepare(settings)
+        ranks = Ranks.start(settings, spec.vocab_size, own_device, rank_deadline_s)
+        try:
+            executor = cls.load_part(settings, ranks.group, ranks, progress)
+            ranks.await_ready()
+        except BaseException:
+            ranks.close()
+            raise
+        return executor
+
+    @staticmethod
+    def prepare(settings: LoadSettings) -> tuple[ModelSpec, torch.device]:
+        """The whole model's spec and this rank's device; sets the process's compute threads.
+        Raises as ``load`` does, before anything is allocated."""
+        device = _device(settings)
+        _dtype(settings.dtype)
+        spec = load_spec(Path(settings.folder))
+        refused = refusals(spec, settings.num_ranks)
+        if refused:
+            raise ConfigError(
+                f"tensor_parallel is {settings.num_ranks}; {refused[0]}; allowed for this "
+                f"checkpoint: {', '.join(map(str, allowed_sizes(spec)))}",
+                param="tensor_parallel",
+            )
+        torch.set_num_threads(settings.num_threads)
+        return spec, device
+
+    @classmethod
+    def load_part(
+        cls,
+        settings: LoadSettings,
+        group: Group,
+        ranks: Ranks | None = None,
+        progress: Progress | None = None,
+    ) -> Executor:
+        """One rank's part, in this process; the ranks have met as ``group``."""
+        spec, device = cls.prepare(settings)
+        part = part_of(spec, settings.shard)
+        folder = Path(settings.folder)
+        cache_dtype = _dtype(settings.dtype)
+        backend = backend_for(
+            device, num_threads=settings.num_threads, deterministic=settings.deterministic
+        )
         layout = KvLayout(
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            dtype=dtype,
+            dtype=settings.dtype,
             model_digest=model_digest(folder),
         )
         with torch.inference_mode():
             parameters = load_parameters(
-                folder, spec, dtype=compute_dtype, device=target, progress=progress
+                folder,
+                spec,
+                dtype=backend.storage_dtype(cache_dtype),
+                device=device,
+                progress=progress,
+                shard=settings.shard,
             )
             cache = KvCache(
-                layout,
-                num_blocks=num_blocks,
-                block_size=block_size,
+                msgspec.structs.replace(layout, num_kv_heads=part.num_kv_heads),
+                num_blocks=settings.num_blocks,
+                block_size=settings.block_size,
                 dtype=cache_dtype,
-                device=target,
+                device=device,
             )
-            return cls(spec, parameters, cache, target)
+            decoder = Decoder(part, assemble(part, parameters, backend), backend, device, group)
+            return cls(spec, layout, decoder, cache, device, ranks)
 
     @property
-    def layout(self) -> KvLayout:
-        return self._cache.layout
+    def rank_fds(self) -> tuple[int, ...]:
+        """One becomes readable when a rank has gone; then ``rank_loss`` tells of it."""
+        return () if self._ranks is None else self._ranks.fds
+
+    def rank_loss(self) -> RankLost:
+        assert self._ranks is not None
+        return self._ranks.loss()
+
+    def close(self) -> None:
+        """End the other ranks, if there are any. Idempotent; nothing runs afterwards."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -126,7 +214,11 @@ class Executor:
         num_layers: int,
     ) -> memoryview:
         """An own copy of some tokens' K and V: ``[layers, 2, tokens, kv_heads, head_dim]``."""
-        return self._cache.read(block_table, start, num_tokens, layer_start, num_layers)
+        own = self._cache.read(block_table, start, num_tokens, layer_start, num_layers)
+        if self._ranks is None:
+            return own
+        asked = ReadKv(self._ranks.range(block_table, start, num_tokens, layer_start, num_layers))
+        return join_heads([own, *self._ranks.ask([asked] * (self._ranks.size - 1))], self.layout)
 
     @torch.inference_mode()
     def write_kv(
@@ -139,11 +231,24 @@ class Executor:
         payload: Bytes,
     ) -> None:
         """Store what ``read_kv`` gave elsewhere. Raises InternalError on a wrong length."""
-        self._cache.write(block_table, start, num_tokens, layer_start, num_layers, payload)
+        if self._ranks is None:
+            self._cache.write(block_table, start, num_tokens, layer_start, num_layers, payload)
+            return
+        own, *others = split_heads(payload, num_layers * num_tokens, self.layout, self._ranks.size)
+        self._cache.write(block_table, start, num_tokens, layer_start, num_layers, own)
+        place = self._ranks.range(block_table, start, num_tokens, layer_start, num_layers)
+        self._ranks.ask([WriteKv(place, part) for part in others])
 
     def _logits(self, plan: StepPlan) -> Tensor:
         inputs = build_inputs(plan, self._shape)
-        return forward(self.spec, self._parameters, inputs, self._cache, self._rotary)
+        if self._ranks is None:
+            return self._forward(inputs)
+        # Only what this rank takes for a plan goes to the others.
+        with self._ranks.step(plan):
+            return self._forward(inputs)
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        return self._decoder.forward(inputs, self._cache)
 
     def _sample(self, logits: Tensor, chunks: Sequence[SequenceChunk]) -> tuple[SampledToken, ...]:
         # The largest logit of a row is NaN when any of them is, and infinite on overflow.
@@ -169,12 +274,26 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+def _device(settings: LoadSettings) -> torch.device:
+    """The only one, or with several ranks a GPU for each."""
+    device = torch.device(settings.device)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise ConfigError(
             "device is cuda, but torch sees no CUDA device here; set placement.device to cpu "
             "or install a CUDA build of torch on a machine with a GPU",
             param="placement.device",
         )
-    return device
+    if settings.num_ranks == 1:
+        return device
+    num_devices = torch.cuda.device_count()
+    if num_devices < settings.num_ranks:
+        raise ConfigError(
+            f"tensor_parallel is {settings.num_ranks}; this worker sees {num_devices} GPUs; "
+            "give it that many, or set tensor_parallel to at most that",
+            param="tensor_parallel",
+        )
+    own = torch.device("cuda", settings.rank)
+    torch.cuda.set_device(own)
+    return own

@@ -15,16 +15,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.distributed import GatherOptions, Store, TCPStore
-from torch.nn.functional import embedding
 
 from baton.engine.parallel.shard import Shard
 from baton.protocol.errors import RankLost
 
 
+class Table(Protocol):
+    """The rows of this rank's part of the vocabulary."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, token_ids: Tensor) -> Tensor: ...
+
+
 class Group(Protocol):
     """The collectives of a forward pass. Every rank calls the same ones in the same order."""
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, table: Table) -> Tensor:
         """Rows ``[T, h]`` of the whole vocabulary's table, of which ``table`` is this rank's."""
         ...
 
@@ -40,8 +47,8 @@ class Group(Protocol):
 class Alone:
     """One rank has everything and exchanges nothing."""
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        return embedding(token_ids, table)
+    def embed(self, token_ids: Tensor, table: Table) -> Tensor:
+        return table(token_ids)
 
     def reduce(self, part: Tensor) -> Tensor:
         return part
@@ -71,10 +78,10 @@ class RankGroup:
         self._deadline_s = deadline_s
         self._ordered = ordered
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, table: Table) -> Tensor:
         rows = token_ids - self._shard.rank * len(table)
         is_here = (rows >= 0) & (rows < len(table))
-        found = embedding(rows.where(is_here, 0), table)
+        found = table(rows.where(is_here, 0))
         return self.reduce(found.masked_fill_(~is_here[:, None], 0))
 
     def reduce(self, part: Tensor) -> Tensor:

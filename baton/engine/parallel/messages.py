@@ -26,6 +26,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     num_threads: int
+    deterministic: bool = False
     rank: int = 0
     num_ranks: int = 1
 
@@ -58,8 +59,9 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvRange(msgspec.Struct, frozen=True):
-    """The arguments of ``KvCache.read``."""
+    """The arguments of ``KvCache.read``; to be done when ``num_steps`` steps are."""
 
+    num_steps: int
     block_table: tuple[int, ...]
     start: int
     num_tokens: int
