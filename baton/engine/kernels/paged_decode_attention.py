@@ -11,8 +11,23 @@ Slots past a context may hold anything, NaN too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from baton.engine.kernels.jit import INTERPRETED, jit_sizes, power_of_two, tl
+from baton.engine.kernels.online_softmax import score_factors, scores_log2, softmax_step
+from baton.engine.kernels.split_merge import Partials, merge_splits
+
+SPLIT_TOKENS = 512
+"""A sequence's keys are cut into splits of this length, counted from its first key, and merged
+in order. The length is fixed, not chosen from the batch: so a row's sum has one order, whatever
+runs beside it, and a single long sequence still fills the device."""
+BLOCK_N = 64
+BLOCK_N_FLOAT32 = 32
+NUM_WARPS = 4
+NUM_STAGES = 3
 
 
 def paged_decode_attention_reference(
@@ -63,3 +78,188 @@ def attend_row_tile(
     weights = scores.softmax(dim=-1)
     mixed = torch.einsum("htl,lhd->thd", weights, values.repeat_interleave(group_size, 1))
     return mixed.to(q.dtype)
+
+
+def paged_decode_attention_triton(
+    q: Tensor,
+    key_blocks: Tensor,
+    value_blocks: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    num_tokens = block_tables.shape[1] * key_blocks.shape[1]
+    partials = Partials.empty(q, num_splits=-(-num_tokens // SPLIT_TOKENS))
+    decode_splits(
+        partials,
+        q,
+        key_blocks,
+        value_blocks,
+        block_tables,
+        context_lens,
+        first_split=0,
+        prefix_len=0,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+    )
+    return merge_splits(
+        partials,
+        q,
+        context_lens,
+        split_tokens=SPLIT_TOKENS,
+        num_prefix_splits=0,
+        prefix_len=0,
+        window=window,
+    )
+
+
+def decode_splits(
+    partials: Partials,
+    q: Tensor,
+    key_blocks: Tensor,
+    value_blocks: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    first_split: int,
+    prefix_len: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """Fill ``partials`` from split ``first_split`` on: every row's keys ``prefix_len ..``, whose
+    first block is the first of ``block_tables``. Splits without a visible key are not written."""
+    num_rows, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = key_blocks.shape[1:3]
+    num_splits = partials.num_splits - first_split
+    if num_rows == 0 or num_splits == 0:
+        return
+    assert q.stride(2) == 1
+    assert key_blocks.is_contiguous()
+    assert value_blocks.is_contiguous()
+    assert block_tables.stride(1) == 1
+    inner, outer = score_factors(scale, soft_cap)
+    group = num_heads // num_kv_heads
+    _decode_split_kernel[(num_kv_heads, num_splits, num_rows)](
+        partials.mixed,
+        partials.row_max,
+        partials.row_sum,
+        q,
+        key_blocks,
+        value_blocks,
+        block_tables,
+        context_lens,
+        inner,
+        outer,
+        window or 0,
+        prefix_len,
+        first_split,
+        partials.num_splits,
+        q.stride(0),
+        q.stride(1),
+        block_tables.stride(0),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        SPLIT=SPLIT_TOKENS,
+        BLOCK_M=power_of_two(group, least=16),
+        BLOCK_N=BLOCK_N_FLOAT32 if q.dtype == torch.float32 else BLOCK_N,
+        BLOCK_D=power_of_two(head_dim, least=16),
+        HAS_WINDOW=window is not None,
+        HAS_CAP=soft_cap is not None,
+        DOT_IN_FP32=INTERPRETED,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+
+
+@jit_sizes("window", "prefix_len", "first_split", "num_splits", "table_stride")
+def _decode_split_kernel(
+    mixed_ptr: Any,
+    max_ptr: Any,
+    sum_ptr: Any,
+    q_ptr: Any,
+    key_ptr: Any,
+    value_ptr: Any,
+    tables_ptr: Any,
+    context_ptr: Any,
+    inner: Any,
+    outer: Any,
+    window: Any,
+    prefix_len: Any,
+    first_split: Any,
+    num_splits: Any,
+    q_row_stride: Any,
+    q_head_stride: Any,
+    table_stride: Any,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    DOT_IN_FP32: tl.constexpr,
+) -> None:
+    """One split of one row and KV head; the head's GROUP queries are the rows of the products.
+
+    Neighbouring programs take the KV heads of the same tokens, which lie side by side in memory.
+    """
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    num_keys = tl.load(context_ptr + row) - prefix_len
+    first = split * SPLIT
+    stop = tl.minimum(first + SPLIT, num_keys)
+    begin = first
+    if HAS_WINDOW:
+        begin = tl.maximum(first, num_keys - window)
+    if begin >= stop:
+        return
+
+    group_rows = tl.arange(0, BLOCK_M)
+    in_group = group_rows < GROUP
+    heads = kv_head * GROUP + group_rows
+    columns = tl.arange(0, BLOCK_D)
+    in_head = columns < HEAD_DIM
+    q_places = q_ptr + row * q_row_stride + heads[:, None] * q_head_stride + columns[None, :]
+    q = tl.load(q_places, mask=in_group[:, None] & in_head[None, :], other=0.0)
+    if DOT_IN_FP32:
+        q = q.to(tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    table = tables_ptr + row * table_stride
+    # Each tile holds a visible key: the first one holds ``begin``, the others their own first.
+    for tile in range(first + (begin - first) // BLOCK_N * BLOCK_N, stop, BLOCK_N):
+        keys = tile + tl.arange(0, BLOCK_N)
+        seen = (keys >= begin) & (keys < stop)
+        blocks = tl.load(table + keys // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+        tokens = blocks * BLOCK_SIZE + keys % BLOCK_SIZE
+        places = (tokens * NUM_KV_HEADS + kv_head) * HEAD_DIM
+        k_mask = seen[None, :] & in_head[:, None]
+        k = tl.load(key_ptr + places[None, :] + columns[:, None], mask=k_mask, other=0.0)
+        v_mask = seen[:, None] & in_head[None, :]
+        v = tl.load(value_ptr + places[:, None] + columns[None, :], mask=v_mask, other=0.0)
+        if DOT_IN_FP32:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        scores = scores_log2(tl.dot(q, k, input_precision="ieee"), inner, outer, HAS_CAP)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        weights, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, False)
+        mixed = tl.dot(weights.to(v.dtype), v, mixed * factor[:, None], input_precision="ieee")
+
+    parts = (row * NUM_HEADS + heads) * num_splits + first_split + split
+    tl.store(max_ptr + parts, row_max, mask=in_group)
+    tl.store(sum_ptr + parts, row_sum, mask=in_group)
+    part_places = mixed_ptr + parts[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(part_places, mixed, mask=in_group[:, None] & in_head[None, :])

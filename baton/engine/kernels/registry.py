@@ -10,18 +10,38 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from baton.engine.kernels.block_copy import gather_blocks_reference, scatter_blocks_reference
-from baton.engine.kernels.gated_activation import gelu_tanh_mul_reference, silu_mul_reference
-from baton.engine.kernels.grouped_matmul import grouped_matmul_reference
-from baton.engine.kernels.paged_decode_attention import paged_decode_attention_reference
-from baton.engine.kernels.paged_prefill_attention import paged_prefill_attention_reference
-from baton.engine.kernels.rms_norm import rms_norm_reference
-from baton.engine.kernels.rotate import rotate_reference
-from baton.engine.kernels.sample_top_k_top_p import sample_top_k_top_p_reference
+from baton.engine.kernels.block_copy import (
+    gather_blocks_reference,
+    gather_blocks_triton,
+    scatter_blocks_reference,
+    scatter_blocks_triton,
+)
+from baton.engine.kernels.gated_activation import (
+    gelu_tanh_mul_reference,
+    gelu_tanh_mul_triton,
+    silu_mul_reference,
+    silu_mul_triton,
+)
+from baton.engine.kernels.grouped_matmul import grouped_matmul_reference, grouped_matmul_triton
+from baton.engine.kernels.paged_decode_attention import (
+    paged_decode_attention_reference,
+    paged_decode_attention_triton,
+)
+from baton.engine.kernels.paged_prefill_attention import (
+    paged_prefill_attention_reference,
+    paged_prefill_attention_triton,
+)
+from baton.engine.kernels.rms_norm import rms_norm_reference, rms_norm_triton
+from baton.engine.kernels.rotate import rotate_reference, rotate_triton
+from baton.engine.kernels.sample_top_k_top_p import (
+    sample_top_k_top_p_reference,
+    sample_top_k_top_p_triton,
+)
 from baton.engine.kernels.shared_prefix_decode_attention import (
     shared_prefix_decode_attention_reference,
+    shared_prefix_decode_attention_triton,
 )
-from baton.engine.kernels.store_kv import store_kv_reference
+from baton.engine.kernels.store_kv import store_kv_reference, store_kv_triton
 
 
 class DecodeAttention(Protocol):
@@ -104,6 +124,22 @@ REFERENCES = Kernels(
 )
 
 
+TRITON = Kernels(
+    store_kv=store_kv_triton,
+    paged_decode_attention=paged_decode_attention_triton,
+    paged_prefill_attention=paged_prefill_attention_triton,
+    shared_prefix_decode_attention=shared_prefix_decode_attention_triton,
+    rms_norm=rms_norm_triton,
+    rotate=rotate_triton,
+    silu_mul=silu_mul_triton,
+    gelu_tanh_mul=gelu_tanh_mul_triton,
+    grouped_matmul=grouped_matmul_triton,
+    sample_top_k_top_p=sample_top_k_top_p_triton,
+    gather_blocks=gather_blocks_triton,
+    scatter_blocks=scatter_blocks_triton,
+)
+
+
 def kernels_for(device: torch.device) -> Kernels:
     """The implementations that tensors on ``device`` are given to."""
-    return REFERENCES
+    return TRITON if device.type == "cuda" else REFERENCES
