@@ -6,14 +6,18 @@ and no token. What a request still has in here outlives the request itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from baton.protocol.messages import TokenAck, TokenBatch, TokenItem
 from baton.worker.events import ToRouter
 
 RESEND_AFTER_S = 1.0
-RESEND_ITEMS = 4_096
-"""In one message: with all logprobs an item has some 400 bytes, and messages have a cap."""
+MAX_BATCH_BYTES = 4 * 2**20
+"""Estimated, in one message: messages have a cap, and log-probabilities can be many."""
+_ITEM_BYTES = 512
+"""Of a token with its log-probabilities and times."""
+_LOGPROB_BYTES = 16
 
 
 @dataclass(slots=True)
@@ -46,10 +50,9 @@ class TokenOutbox:
         self._fresh.setdefault(router_id, []).append(item)
 
     def flush(self) -> list[ToRouter]:
-        """Everything put since the last flush, one message per router."""
-        batches = [self._batch(router_id, items) for router_id, items in self._fresh.items()]
-        self._fresh = {}
-        return batches
+        """Everything put since the last flush, one message per router unless it is large."""
+        fresh, self._fresh = self._fresh, {}
+        return self._batches(fresh)
 
     def ack(self, ack: TokenAck, now: float) -> None:
         for item in ack.items:
@@ -70,11 +73,7 @@ class TokenOutbox:
             if now - stream.waits_since > RESEND_AFTER_S:
                 stream.waits_since = now
                 late.setdefault(stream.router_id, []).extend(stream.unacked)
-        return [
-            self._batch(router_id, items[start : start + RESEND_ITEMS])
-            for router_id, items in late.items()
-            for start in range(0, len(items), RESEND_ITEMS)
-        ]
+        return self._batches(late)
 
     def forget(self, request_id: str, attempt: int) -> None:
         """Drop this attempt's tokens and those of all older ones: nobody wants them."""
@@ -85,5 +84,28 @@ class TokenOutbox:
         for key in [k for k, s in self._streams.items() if s.router_id == router_id]:
             del self._streams[key]
 
-    def _batch(self, router_id: str, items: list[TokenItem]) -> ToRouter:
-        return ToRouter(router_id, TokenBatch(self._worker_id, self._incarnation, tuple(items)))
+    def _batches(self, items_of: dict[str, list[TokenItem]]) -> list[ToRouter]:
+        return [
+            ToRouter(router_id, TokenBatch(self._worker_id, self._incarnation, part))
+            for router_id, items in items_of.items()
+            for part in _parts(items)
+        ]
+
+
+def _parts(items: list[TokenItem]) -> Iterator[tuple[TokenItem, ...]]:
+    part: list[TokenItem] = []
+    num_bytes = 0
+    for item in items:
+        size = _estimated_bytes(item)
+        if part and num_bytes + size > MAX_BATCH_BYTES:
+            yield tuple(part)
+            part, num_bytes = [], 0
+        part.append(item)
+        num_bytes += size
+    if part:
+        yield tuple(part)
+
+
+def _estimated_bytes(item: TokenItem) -> int:
+    num_logprobs = sum(len(found.top) + 1 for found in item.prompt_logprobs)
+    return _ITEM_BYTES * len(item.token_ids) + _LOGPROB_BYTES * num_logprobs

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import pytest
+from msgspec.structs import replace
 
 from baton.messaging.codec import encode
-from baton.protocol.messages import TokenAck, TokenAckItem, TokenBatch, TokenItem
-from baton.protocol.sampling import TokenLogprobs, TopLogprob
-from baton.worker import outbox as outbox_module
+from baton.protocol.messages import HopTimes, TokenAck, TokenAckItem, TokenBatch, TokenItem
+from baton.protocol.sampling import MAX_PROMPT_LOGPROB_ENTRIES, TokenLogprobs, TopLogprob
 from baton.worker.events import ToRouter
-from baton.worker.outbox import RESEND_ITEMS, TokenOutbox
+from baton.worker.outbox import TokenOutbox
 from baton.worker.router_leases import ROUTER_LEASE_S, RouterLeases
 
 
@@ -80,17 +79,18 @@ def test_forget_drops_this_attempt_and_older_ones() -> None:
     assert outbox.num_streams == 0
 
 
-def test_a_resend_keeps_the_message_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    logprobs = TokenLogprobs(-1.5, tuple(TopLogprob(2**31 - 1, -1.5) for _ in range(20)))
-    full = TokenItem("r" * 128, 0, 0, (2**31 - 1,), (logprobs,))
-    size = len(encode(TokenBatch("w" * 192, "i" * 192, (full,) * 64)))
-    assert size / 64 * RESEND_ITEMS < 16 * 2**20
-    monkeypatch.setattr(outbox_module, "RESEND_ITEMS", 2)
-    outbox = TokenOutbox("w", "inc")
-    for seq in range(5):
-        outbox.put("router-0", item(seq), 0.0)
-    resent = outbox.resend(2.0)
-    assert resent == [batch(item(0), item(1)), batch(item(2), item(3)), batch(item(4))]
+def test_large_batches_are_cut_below_the_message_cap() -> None:
+    best = tuple(TopLogprob(2**31 - 1, -1.5) for _ in range(20))
+    token = TokenItem("r" * 128, 0, 0, (2**31 - 1,), (TokenLogprobs(-1.5, best),), hop=HopTimes())
+    prompt = (TokenLogprobs(-1.5, best),) * (MAX_PROMPT_LOGPROB_ENTRIES // 21)
+    for items in ([token] * 20_000, [replace(token, prompt_logprobs=prompt)] * 20):
+        outbox = TokenOutbox("w" * 192, "i" * 192)
+        for number, one in enumerate(items):
+            outbox.put("router-0", replace(one, seq=number), 0.0)
+        for batches in (outbox.flush(), outbox.resend(2.0)):
+            assert len(batches) > 1
+            assert [i.seq for b in batches for i in b.message.items] == list(range(len(items)))
+            assert max(len(encode(b.message)) for b in batches) < 16 * 2**20
 
 
 def test_a_silent_router_expires_once() -> None:
