@@ -20,6 +20,10 @@ def refusal(body: RequestBody, kv_tokens: int, pool: BlockPool, vocab_size: int)
         return "the prompt has no tokens"
     if max(body.prompt_ids) >= vocab_size or max(body.output_ids, default=0) >= vocab_size:
         return f"token ids must be below the vocabulary's {vocab_size}"
+    if body.sampling.max_listed_token_id >= vocab_size:
+        return f"token ids of sampling parameters must be below the vocabulary's {vocab_size}"
+    if len(set(body.sampling.bad_token_ids)) >= vocab_size:
+        return "bad_token_ids leave no token to draw"
     if len(body.output_ids) >= body.sampling.max_tokens:
         return f"{len(body.output_ids)} tokens are there already, max_tokens is reached"
     if pool.blocks_for(kv_tokens) > pool.num_blocks:
