@@ -181,7 +181,14 @@ class Choice:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             timeline=self.timeline() if finish_reason is not None else None,
+            prompt_tokens=self._prompt_tokens(item) if first_seq == 0 else (),
         )
+
+    def _prompt_tokens(self, item: TokenItem) -> tuple[Token, ...]:
+        if self.spec.sampling.num_prompt_logprobs < 0:
+            return ()
+        found = (None, *item.prompt_logprobs)
+        return tuple(Token(i, "", p) for i, p in zip(self.spec.prompt_ids, found, strict=False))
 
     def _advance(self, from_prefill: bool, now: float) -> None:
         if self.machine.state is RequestState.PREFILLING:

@@ -74,6 +74,8 @@ class Output:
     finish_reason: set on the last output of a choice; ``stop_reason`` then tells the stop
       string or stop token id, None for EOS or length.
     timeline: with the finish of a choice.
+    prompt_tokens: with the first output of a choice that asked for prompt_logprobs, the whole
+      prompt; without texts, and the first token without log-probability.
     """
 
     request_id: RequestId
@@ -86,6 +88,7 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     timeline: Timeline | None = None
+    prompt_tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

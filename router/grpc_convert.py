@@ -10,7 +10,7 @@ from baton.protocol.errors import BatonError
 from baton.protocol.sampling import TokenLogprobs
 from router.chat_template import ChatMessage
 from router.frontend import Loads, ModelInfo, Output, Timeline, Token, WorkerLoad
-from router.validation import RawRequest
+from router.raw_request import RawRequest
 
 MAX_STATUS_BYTES = 500
 MAX_DETAIL_BYTES = 2_000
@@ -52,6 +52,22 @@ def raw_request(request: pb.GenerateRequest | pb.ChatRequest) -> RawRequest:
         skip_special_tokens=(
             sampling.skip_special_tokens if sampling.HasField("skip_special_tokens") else None
         ),
+        min_p=sampling.min_p if sampling.HasField("min_p") else None,
+        repetition_penalty=(
+            sampling.repetition_penalty if sampling.HasField("repetition_penalty") else None
+        ),
+        presence_penalty=(
+            sampling.presence_penalty if sampling.HasField("presence_penalty") else None
+        ),
+        frequency_penalty=(
+            sampling.frequency_penalty if sampling.HasField("frequency_penalty") else None
+        ),
+        logit_bias=dict(sampling.logit_bias),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        bad_token_ids=tuple(sampling.bad_token_ids),
+        bad_words=tuple(sampling.bad_words),
+        min_tokens=sampling.min_tokens if sampling.HasField("min_tokens") else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
 
 
@@ -71,6 +87,16 @@ def generate_response(output: Output, decode_token: DecodeToken) -> pb.GenerateR
             prompt_tokens=output.num_prompt_tokens, completion_tokens=output.num_output_tokens
         ),
         timeline=None if output.timeline is None else _timeline(output.timeline),
+        prompt_tokens=[
+            pb.Token(
+                token_id=token.token_id,
+                text=decode_token(token.token_id),
+                logprobs=None
+                if token.logprobs is None
+                else _logprobs(token.logprobs, decode_token),
+            )
+            for token in output.prompt_tokens
+        ],
     )
     if output.finish_reason is not None:
         response.finish_reason = _FINISH_REASONS[output.finish_reason]

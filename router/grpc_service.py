@@ -17,8 +17,9 @@ from baton.protocol.errors import BatonError, DeadlineExceeded, InternalError, I
 from baton.protocol.ids import RequestId
 from router import grpc_convert as convert
 from router.frontend import Frontend, GenerateSpec, Output
+from router.raw_request import RawRequest
 from router.tokenizer import Tokenizer
-from router.validation import RawRequest, Validator
+from router.validation import Validator
 
 ERROR_DETAIL_KEY = "baton-error-bin"
 

@@ -20,7 +20,7 @@ _NOT_A_NUMBER = re.compile(rb'"(\w{1,64})"\s*:\s*(-?(?:NaN|Infinity))')
 _LONE_SURROGATE = re.compile(
     rb"(?<!\\)(?:\\\\)*(\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|\\u[dD][c-fC-F])"
 )
-_FIELD_OF_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
+_FIELD_OF_PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 
 
 def decode_json(body: bytes, type_: type[T]) -> T:

@@ -31,6 +31,9 @@ MAX_CHOICES_PER_REQUEST = 64
 MAX_PROMPT_CHARS = 4 * 2**20
 """Beyond it a prompt is never handed to the tokeniser, whatever the model's length."""
 
+INLINE_ECHO_IDS = 1_024
+"""Longer prompts leave the event loop when each echoed token is to have its own text."""
+
 MAX_MODEL_NAME_CHARS = 256
 MAX_PRIORITY = 1_000
 """Priorities run from -MAX_PRIORITY to MAX_PRIORITY."""

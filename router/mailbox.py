@@ -73,4 +73,5 @@ def join(outputs: Sequence[Output]) -> Output:
         seq=first.seq,
         tokens=tuple(token for output in outputs for token in output.tokens),
         text="".join(output.text for output in outputs),
+        prompt_tokens=first.prompt_tokens,
     )

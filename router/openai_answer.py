@@ -7,10 +7,11 @@ An answer has one or more prompts with n choices each; choice i of prompt p has 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton.protocol.errors import InternalError
 from router.frontend import FinishReason, GenerateSpec, Output, Token
+from router.openai_echo import Echo
 from router.openai_types import Usage
 
 
@@ -22,6 +23,7 @@ class Choice:
     """Of the tokens' own texts: offsets of log-probabilities count in these."""
     texts: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
+    prompt_tokens: tuple[Token, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -33,22 +35,58 @@ class Choice:
 
 class Answer:
     def __init__(
-        self, specs: Sequence[GenerateSpec], *, answer_id: str, created_unix_s: int, model: str
+        self,
+        specs: Sequence[GenerateSpec],
+        *,
+        answer_id: str,
+        created_unix_s: int,
+        model: str,
+        echoes: Sequence[Echo] = (),
+        num_prompt_logprobs: int = -1,
+        scores_only: bool = False,
     ) -> None:
-        """``specs``: one per prompt, alike but for the prompt."""
+        """``specs``: one per prompt, alike but for the prompt.
+
+        echoes: one per prompt, or none. num_prompt_logprobs: -1, or show those of the prompt,
+        with so many alternatives. scores_only: no tokens were asked for, what is drawn is
+        not shown.
+        """
         self.id = answer_id
         self.created_unix_s = created_unix_s
         self.model = model
         self.num_logprobs = specs[0].sampling.num_logprobs
+        self.num_prompt_logprobs = num_prompt_logprobs
+        self._echoes = echoes
+        self._scores_only = scores_only
         self._n = specs[0].n
         self._num_prompt_tokens = sum(len(spec.prompt_ids) for spec in specs)
         self.choices = [Choice(len(spec.prompt_ids)) for spec in specs for _ in range(spec.n)]
+
+    def echo(self, index: int) -> Echo | None:
+        """Of choice ``index``."""
+        return self._echoes[index // self._n] if self._echoes else None
+
+    def shown(self, output: Output) -> Output:
+        """``output`` without what the client did not ask for."""
+        if not self._scores_only:
+            return output
+        finish_reason: FinishReason | None = "length" if output.finish_reason else None
+        return replace(
+            output,
+            tokens=(),
+            text="",
+            num_output_tokens=0,
+            finish_reason=finish_reason,
+            stop_reason=None,
+        )
 
     def count(self, prompt_index: int, output: Output) -> int:
         """Take note of ``output``; returns the index of its choice in the response."""
         index = prompt_index * self._n + output.index
         choice = self.choices[index]
         choice.num_output_tokens = output.num_output_tokens
+        if output.prompt_tokens:
+            choice.prompt_tokens = output.prompt_tokens
         if output.finish_reason is not None:
             choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
         return index

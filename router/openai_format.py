@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from router.frontend import Output, Token
 from router.openai_answer import Answer
-from router.openai_logprobs import chat_logprobs, completion_logprobs
+from router.openai_logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from router.openai_types import (
     AnswerMessage,
     ChatChoice,
@@ -22,6 +22,7 @@ from router.openai_types import (
     CompletionChoice,
     CompletionLogprobs,
     Delta,
+    PromptLogprobs,
     Usage,
 )
 from router.tokenizer import Tokenizer
@@ -46,12 +47,16 @@ class CompletionFormat:
     def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
         self._answer = answer
         self._tokenizer = tokenizer
+        self._opened: set[int] = set()
 
     def chunks(self, index: int, output: Output, usage: ChunkUsage) -> Sequence[msgspec.Struct]:
+        """An echoed prompt comes with a choice's first text."""
+        text, tokens = ("", []) if index in self._opened else self._echoed(index)
+        self._opened.add(index)
         choice = CompletionChoice(
             index=index,
-            text=output.text,
-            logprobs=self._logprobs(index, output.tokens),
+            text=text + output.text,
+            logprobs=self._logprobs(index, [*tokens, *output.tokens]),
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
         )
@@ -61,17 +66,29 @@ class CompletionFormat:
         return self._completion([], self._answer.usage)
 
     def whole(self) -> msgspec.Struct:
-        choices = [
-            CompletionChoice(
-                index=index,
-                text="".join(choice.texts),
-                logprobs=self._logprobs(index, choice.tokens),
-                finish_reason=choice.finish_reason,
-                stop_reason=choice.stop_reason,
+        choices = []
+        for index, choice in enumerate(self._answer.choices):
+            text, tokens = self._echoed(index)
+            choices.append(
+                CompletionChoice(
+                    index=index,
+                    text=text + "".join(choice.texts),
+                    logprobs=self._logprobs(index, [*tokens, *choice.tokens]),
+                    finish_reason=choice.finish_reason,
+                    stop_reason=choice.stop_reason,
+                    prompt_logprobs=_prompt_logprobs(self._answer, index, self._tokenizer),
+                )
             )
-            for index, choice in enumerate(self._answer.choices)
-        ]
         return self._completion(choices, self._answer.usage)
+
+    def _echoed(self, index: int) -> tuple[str, list[Token]]:
+        echo = self._answer.echo(index)
+        if echo is None:
+            return "", []
+        if self._answer.num_logprobs < 0:
+            return echo.text, []
+        prompt_tokens = self._answer.choices[index].prompt_tokens
+        return echo.text, echo.tokens(prompt_tokens, self._answer.num_logprobs)
 
     def _completion(self, choices: list[CompletionChoice], usage: ChunkUsage) -> Completion:
         return Completion(
@@ -135,6 +152,7 @@ class ChatFormat:
             model=self._answer.model,
             choices=choices,
             usage=self._answer.usage,
+            prompt_logprobs=_prompt_logprobs(self._answer, 0, self._tokenizer),
         )
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: ChunkUsage) -> ChatChunk:
@@ -150,3 +168,12 @@ class ChatFormat:
         if self._answer.num_logprobs < 0:
             return None
         return chat_logprobs(tokens, self._tokenizer)
+
+
+def _prompt_logprobs(
+    answer: Answer, index: int, tokenizer: Tokenizer
+) -> PromptLogprobs | UnsetType:
+    if answer.num_prompt_logprobs < 0:
+        return UNSET
+    tokens = answer.choices[index].prompt_tokens
+    return prompt_logprobs(tokens, tokenizer, answer.num_prompt_logprobs)

@@ -13,6 +13,8 @@ from router.openai_types import (
     ChatLogprobs,
     CompletionLogprobs,
     LogprobEntry,
+    PromptLogprob,
+    PromptLogprobs,
     TopLogprobEntry,
 )
 from router.tokenizer import Tokenizer
@@ -27,14 +29,16 @@ def completion_logprobs(
         offsets.append(offset)
         offset += len(token.text)
     top = [
-        {}
+        None
         if token.logprobs is None
         else {label(tokenizer, best.token_id): best.logprob for best in token.logprobs.top}
         for token in tokens
     ]
     return CompletionLogprobs(
         tokens=[label(tokenizer, token.token_id) for token in tokens],
-        token_logprobs=[_logprob(token) for token in tokens],
+        token_logprobs=[
+            None if token.logprobs is None else token.logprobs.logprob for token in tokens
+        ],
         top_logprobs=top if with_top else None,
         text_offset=offsets,
     )
@@ -50,6 +54,22 @@ def chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> ChatLogprobs
             top.append(TopLogprobEntry(best_text, best.logprob, _bytes(best_text, best.token_id)))
         entries.append(LogprobEntry(text, _logprob(token), _bytes(text, token.token_id), top))
     return ChatLogprobs(entries)
+
+
+def prompt_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer, num_best: int) -> PromptLogprobs:
+    """``tokens``: the whole prompt; the first has no log-probability."""
+    found: PromptLogprobs = []
+    for token in tokens:
+        if token.logprobs is None:
+            found.append(None)
+            continue
+        own = PromptLogprob(token.logprobs.logprob, None, label(tokenizer, token.token_id))
+        entries = {str(token.token_id): own}
+        for rank, best in enumerate(token.logprobs.top[:num_best], start=1):
+            text = label(tokenizer, best.token_id)
+            entries[str(best.token_id)] = PromptLogprob(best.logprob, rank, text)
+        found.append(entries)
+    return found
 
 
 def label(tokenizer: Tokenizer, token_id: int) -> str:

@@ -4,6 +4,7 @@ changes the answer is refused by name; neutral values of the same fields are acc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import msgspec
@@ -14,20 +15,16 @@ from router.chat_template import ChatMessage
 from router.field_checks import shown
 from router.json_guard import decode_json
 from router.openai_types import ChatRequest, CommonRequest, CompletionRequest, RequestMessage
-from router.validation import RawRequest
+from router.raw_request import RawRequest
 
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (True,),
-    "allowed_token_ids": ([],),
     "audio": (),
-    "bad_words": ([],),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
@@ -37,13 +34,8 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
     "modalities": (["text"], []),
     "prediction": (),
-    "presence_penalty": (0,),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
@@ -56,18 +48,22 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
 }
 """Fields that are not done yet, with the values that ask for nothing. Null always does."""
 
+NEUTRAL_IN_CHAT: dict[str, tuple[object, ...]] = NEUTRAL_VALUES | {"echo": (False,)}
+
 
 def read_completion_request(body: bytes) -> CompletionRequest:
     """Raises InvalidRequest."""
     request = decode_json(body, CompletionRequest)
-    _refuse_what_is_not_done(body, request)
+    _refuse_what_is_not_done(body, request, NEUTRAL_VALUES)
+    _check_prompt_logprobs(request)
     return request
 
 
 def read_chat_request(body: bytes) -> ChatRequest:
     """Raises InvalidRequest."""
     request = decode_json(body, ChatRequest)
-    _refuse_what_is_not_done(body, request)
+    _refuse_what_is_not_done(body, request, NEUTRAL_IN_CHAT)
+    _check_prompt_logprobs(request)
     return request
 
 
@@ -82,6 +78,8 @@ def completion_raw_requests(request: CompletionRequest, request_id: str) -> list
             param="prompt",
         )
     common = replace(_common(request), logprobs=request.logprobs)
+    if request.echo:
+        common = _echoing(common)
     return [
         replace(
             common,
@@ -111,12 +109,10 @@ def chat_raw_request(request: ChatRequest, request_id: str) -> RawRequest:
 
 
 def _common(request: CommonRequest) -> RawRequest:
-    _check_min_tokens(request)
     stop = [request.stop] if isinstance(request.stop, str) else request.stop
-    max_tokens = request.max_completion_tokens
     return RawRequest(
         model=request.model,
-        max_tokens=request.max_tokens if max_tokens is None else max_tokens,
+        max_tokens=request.num_tokens_asked,
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
@@ -128,18 +124,36 @@ def _common(request: CommonRequest) -> RawRequest:
         priority=request.priority,
         timeout_s=request.timeout_s,
         skip_special_tokens=request.skip_special_tokens,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=request.logit_bias,
+        allowed_token_ids=request.allowed_token_ids,
+        bad_token_ids=request.bad_token_ids,
+        bad_words=request.bad_words,
+        min_tokens=request.min_tokens,
+        prompt_logprobs=request.prompt_logprobs,
     )
 
 
-def _check_min_tokens(request: CommonRequest) -> None:
-    """Load generators send it beside ignore_eos, where it asks for nothing more."""
-    ends_at_length_only = request.ignore_eos and not request.stop and not request.stop_token_ids
-    if request.min_tokens and not ends_at_length_only:
+def _check_prompt_logprobs(request: CommonRequest) -> None:
+    if request.stream and request.prompt_logprobs is not None:
         raise InvalidRequest(
-            f"min_tokens is {request.min_tokens}; allowed: 0, or any number together with "
-            "ignore_eos: true and without stop strings and stop_token_ids",
-            param="min_tokens",
+            f"prompt_logprobs is {request.prompt_logprobs} and stream is true; allowed: one of "
+            "them (or echo and logprobs in a stream of completions)",
+            param="prompt_logprobs",
         )
+
+
+def _echoing(raw: RawRequest) -> RawRequest:
+    """``logprobs`` are of the echoed prompt too. Without tokens to generate (``max_tokens``
+    is 0) one is drawn all the same, and not shown: see ``Answer``."""
+    prompt_logprobs = raw.prompt_logprobs
+    if raw.logprobs is not None:
+        prompt_logprobs = max(raw.logprobs, prompt_logprobs or 0)
+    max_tokens = 1 if raw.max_tokens == 0 else raw.max_tokens
+    return replace(raw, prompt_logprobs=prompt_logprobs, max_tokens=max_tokens)
 
 
 def _prompts(prompt: str | list[str | int | list[int]] | None) -> list[str | list[int]]:
@@ -186,12 +200,14 @@ def _message(index: int, message: RequestMessage) -> ChatMessage:
     return ChatMessage(message.role, "".join(part.text or "" for part in message.content))
 
 
-def _refuse_what_is_not_done(body: bytes, request: CommonRequest) -> None:
+def _refuse_what_is_not_done(
+    body: bytes, request: CommonRequest, neutral: Mapping[str, tuple[object, ...]]
+) -> None:
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    for name in NEUTRAL_VALUES.keys() & fields.keys():
+    for name in neutral.keys() & fields.keys():
         value = msgspec.json.decode(fields[name])
-        if value is not None and value not in NEUTRAL_VALUES[name]:
-            raise _not_done(name, value, NEUTRAL_VALUES[name])
+        if value is not None and value not in neutral[name]:
+            raise _not_done(name, value, neutral[name])
     if "best_of" in fields:
         value = msgspec.json.decode(fields["best_of"])
         if value is not None and value != (request.n or 1):

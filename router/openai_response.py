@@ -97,7 +97,7 @@ class AnswerResponse:
     async def _run_one(self, prompt_index: int, on_output: OnOutput) -> None:
         async with closing(self._frontend.generate(self._specs[prompt_index])) as outputs:
             async for output in outputs:
-                await on_output(prompt_index, output)
+                await on_output(prompt_index, self._answer.shown(output))
 
     def _usage_of(self, index: int) -> ChunkUsage:
         if self._request.wants_usage_in_every_chunk:

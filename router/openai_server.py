@@ -19,6 +19,7 @@ from router.frontend import Frontend, GenerateSpec
 from router.http_body import read_json_body
 from router.http_endpoint import endpoint, request_id_of
 from router.openai_answer import Answer
+from router.openai_echo import Echo, echoes_of
 from router.openai_format import ChatFormat, CompletionFormat
 from router.openai_request import (
     chat_raw_request,
@@ -27,7 +28,7 @@ from router.openai_request import (
     read_completion_request,
 )
 from router.openai_response import AnswerResponse
-from router.openai_types import ModelCard, ModelList
+from router.openai_types import CommonRequest, ModelCard, ModelList
 from router.tokenizer import Tokenizer
 from router.validation import Validator
 
@@ -58,7 +59,12 @@ class OpenAiServer:
         request_id = request_id_of(request, body.request_id)
         raws = completion_raw_requests(body, request_id)
         specs = [await self._validator.generate_spec_off_loop(raw) for raw in raws]
-        answer = self._answer(specs, f"cmpl-{request_id}")
+        answer = self._answer(
+            specs,
+            f"cmpl-{request_id}",
+            body,
+            echoes=await echoes_of(specs, self._tokenizer) if body.echo else (),
+        )
         return AnswerResponse(
             self._frontend,
             specs,
@@ -73,7 +79,7 @@ class OpenAiServer:
         request_id = request_id_of(request, body.request_id)
         raw = chat_raw_request(body, request_id)
         specs = [await self._validator.generate_spec_off_loop(raw)]
-        answer = self._answer(specs, f"chatcmpl-{request_id}")
+        answer = self._answer(specs, f"chatcmpl-{request_id}", body)
         return AnswerResponse(
             self._frontend,
             specs,
@@ -83,12 +89,22 @@ class OpenAiServer:
             request_id=request_id,
         )
 
-    def _answer(self, specs: Sequence[GenerateSpec], answer_id: str) -> Answer:
+    def _answer(
+        self,
+        specs: Sequence[GenerateSpec],
+        answer_id: str,
+        body: CommonRequest,
+        *,
+        echoes: Sequence[Echo] = (),
+    ) -> Answer:
         return Answer(
             specs,
             answer_id=answer_id,
             created_unix_s=int(time.time()),
             model=self._frontend.model.name,
+            echoes=echoes,
+            num_prompt_logprobs=-1 if body.prompt_logprobs is None else body.prompt_logprobs,
+            scores_only=bool(echoes) and body.num_tokens_asked == 0,
         )
 
     def _card(self) -> ModelCard:

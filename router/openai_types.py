@@ -18,9 +18,10 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 
 class CommonRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What both kinds of completion share. ``timeout_s``, ``priority`` and ``request_id``
-    are Baton's own; ``top_k``, ``ignore_eos``, ``min_tokens``, ``stop_token_ids`` and
-    ``skip_special_tokens`` are what other servers of this interface take as well.
+    """What both kinds of completion share. ``timeout_s``, ``priority``, ``request_id``
+    and ``bad_token_ids`` are Baton's own; ``top_k``, ``min_p``, ``repetition_penalty``,
+    ``ignore_eos``, ``min_tokens``, ``stop_token_ids``, ``allowed_token_ids``, ``bad_words``,
+    ``prompt_logprobs`` and ``skip_special_tokens`` are what vLLM takes as well.
     """
 
     model: str | None = None
@@ -31,16 +32,31 @@ class CommonRequest(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
     seed: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     priority: int | None = None
     timeout_s: float | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def num_tokens_asked(self) -> int | None:
+        """The newer name wins."""
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
     @property
     def wants_usage(self) -> bool:
@@ -55,6 +71,7 @@ class CommonRequest(msgspec.Struct, frozen=True, kw_only=True):
 class CompletionRequest(CommonRequest, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]] | None = None
     logprobs: int | None = None
+    echo: bool | None = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -83,12 +100,27 @@ FinishReason = Literal["stop", "length"]
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Four lists of one length. ``text_offset`` counts characters of the completion."""
+    """Four lists of one length. ``text_offset`` counts characters of the choice's text.
+
+    None stands at the first token of an echoed prompt, which nothing predicts.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
+
+
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """``rank``: 1 for the most likely; None for a prompt token outside the alternatives."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""Per prompt token: by token id, of itself and of the alternatives; None for the first."""
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
@@ -97,6 +129,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,6 +184,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True):

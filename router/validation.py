@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -25,53 +23,20 @@ from baton.protocol.ids import (
 )
 from baton.protocol.sampling import (
     MAX_N,
-    MAX_SEED,
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
     MAX_TOKENS_CAP,
-    MAX_TOP_LOGPROBS,
-    SamplingParams,
 )
 from router import limits
 from router.chat_template import ChatMessage, ChatTemplate
 from router.field_checks import check_text, flag, integer, number, shown
 from router.frontend import GenerateSpec, ModelInfo
+from router.raw_request import RawRequest
+from router.sampling_fields import check_against_prompt, sampling_params, token_ids
 from router.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 """For plain prompts. A chat answer may by default take all the room that is left."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawRequest:
-    """What a server read off its wire; None where the client said nothing.
-
-    logprobs: None off, 0 the chosen token's, k also the k best. top_k: -1 and 0 are off.
-    """
-
-    model: str | None = None
-    request_id: str | None = None
-    prompt: str | None = None
-    prompt_ids: Sequence[int] | None = None
-    messages: Sequence[ChatMessage] | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    n: int | None = None
-    stop: Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    logprobs: int | None = None
-    ignore_eos: bool | None = None
-    priority: int | None = None
-    timeout_s: float | None = None
-    skip_special_tokens: bool | None = None
-
-    @property
-    def num_text_chars(self) -> int:
-        """Characters that will have to be tokenised."""
-        return len(self.prompt or "") + sum(len(m.content) for m in self.messages or ())
 
 
 class Validator:
@@ -94,7 +59,7 @@ class Validator:
         self.check_model(raw.model)
         n = integer("n", raw.n, 1, 1, MAX_N)
         asked = None if raw.max_tokens is None else _max_tokens(raw.max_tokens)
-        sampling = self._sampling(raw, n)
+        sampling = sampling_params(raw, n, self._model, self._tokenizer)
         request_id = _request_id(raw.request_id)
         stop = _stop_strings(raw.stop)
         priority = integer("priority", raw.priority, 0, -limits.MAX_PRIORITY, limits.MAX_PRIORITY)
@@ -103,10 +68,12 @@ class Validator:
         prompt_ids = self._prompt_ids(raw)
         default = DEFAULT_MAX_TOKENS if raw.messages is None else self._model.max_model_len
         max_tokens = self._fit(len(prompt_ids), asked, default)
+        sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
+        check_against_prompt(sampling, len(prompt_ids))
         return GenerateSpec(
             request_id=request_id,
             prompt_ids=prompt_ids,
-            sampling=msgspec.structs.replace(sampling, max_tokens=max_tokens),
+            sampling=sampling,
             n=n,
             stop=stop,
             priority=priority,
@@ -127,23 +94,6 @@ class Validator:
                 f"model {shown(name)} is not served here; allowed: {self._model.name!r}",
                 param="model",
             )
-
-    def _sampling(self, raw: RawRequest, n: int) -> SamplingParams:
-        """Without max_tokens, which depends on the prompt."""
-        top_k = integer("top_k", raw.top_k, 0, -1, MAX_TOKENS_CAP)
-        sampling = SamplingParams(
-            temperature=number("temperature", raw.temperature, 1.0),
-            top_p=number("top_p", raw.top_p, 1.0),
-            top_k=max(top_k, 0),
-            seed=_seed(raw.seed, n),
-            num_logprobs=-1
-            if raw.logprobs is None
-            else integer("logprobs", raw.logprobs, 0, 0, MAX_TOP_LOGPROBS),
-            ignore_eos=flag("ignore_eos", raw.ignore_eos, False),
-            stop_token_ids=self._ids("stop_token_ids", raw.stop_token_ids or ()),
-        )
-        sampling.validate()
-        return sampling
 
     def _prompt_ids(self, raw: RawRequest) -> tuple[int, ...]:
         forms = {"prompt": raw.prompt, "prompt_ids": raw.prompt_ids, "messages": raw.messages}
@@ -170,7 +120,7 @@ class Validator:
                 f"fits into max_model_len {most + 1}",
                 param=param,
             )
-        return self._ids(param, ids)
+        return token_ids(param, ids, self._model.vocab_size)
 
     def _render(self, messages: Sequence[ChatMessage]) -> str:
         if not 1 <= len(messages) <= limits.MAX_MESSAGES:
@@ -210,16 +160,6 @@ class Validator:
                 param=param,
             )
 
-    def _ids(self, param: str, ids: Sequence[int]) -> tuple[int, ...]:
-        size = self._model.vocab_size
-        for index, token_id in enumerate(ids):
-            if type(token_id) is not int or not 0 <= token_id < size:
-                raise InvalidRequest(
-                    f"{param}[{index}] is {shown(token_id)}; allowed: token ids 0 to {size - 1}",
-                    param=param,
-                )
-        return tuple(ids)
-
     def _fit(self, num_prompt_tokens: int, asked: int | None, default: int) -> int:
         room = self._model.max_model_len - num_prompt_tokens
         if asked is None:
@@ -246,12 +186,6 @@ class Validator:
 
 def _max_tokens(value: int) -> int:
     return integer("max_tokens", value, 0, 1, MAX_TOKENS_CAP)
-
-
-def _seed(value: int | None, n: int) -> int:
-    """Choice i draws with seed + i, so the last one must still be a seed."""
-    highest = MAX_SEED - (n - 1)
-    return integer("seed", value, secrets.randbelow(highest + 1), 0, highest)
 
 
 def _request_id(value: str | None) -> RequestId:

@@ -76,7 +76,9 @@ def _set_options(request: pb.GenerateRequest | pb.ChatRequest, options: Options)
 def _set(message: object, name: str, value: object) -> None:
     if name == "stop" and isinstance(value, str):
         value = [value]
-    if isinstance(value, list | tuple):
+    if isinstance(value, Mapping):
+        getattr(message, name).update(value)
+    elif isinstance(value, list | tuple):
         getattr(message, name).extend(value)
     else:
         setattr(message, name, value)

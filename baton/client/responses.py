@@ -80,6 +80,7 @@ def _choice(chunks: list[Chunk]) -> Choice | None:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         timeline=last.timeline,
+        prompt_tokens=chunks[0].prompt_tokens,
     )
 
 
@@ -95,6 +96,7 @@ def chunk(message: pb.GenerateResponse) -> Chunk:
         finish_reason=_FINISH_REASONS.get(message.finish_reason),
         stop_reason=getattr(message, stop) if stop else None,
         timeline=_timeline(message.timeline) if message.HasField("timeline") else None,
+        prompt_tokens=tuple(_token(token) for token in message.prompt_tokens),
     )
 
 

@@ -28,6 +28,24 @@ class Options(TypedDict, total=False):
     """Share of probability mass kept, above 0, at most 1 (1)."""
     top_k: int
     """Number of most likely tokens kept, 0 for all (0)."""
+    min_p: float
+    """Keeps tokens of at least this share of the best one's probability (0)."""
+    repetition_penalty: float
+    """Above 1: tokens of prompt and output become less likely (1)."""
+    presence_penalty: float
+    """Off the logits of tokens that the output holds, once each (0)."""
+    frequency_penalty: float
+    """Off the logits of tokens that the output holds, times their count (0)."""
+    logit_bias: Mapping[int, float]
+    """By token id: what is added to its logit, -100 to 100."""
+    allowed_token_ids: list[int] | tuple[int, ...]
+    """Nothing else is drawn (all)."""
+    bad_token_ids: list[int] | tuple[int, ...]
+    """Never drawn."""
+    bad_words: list[str] | tuple[str, ...]
+    """Never completed, at the start of a text or behind a space."""
+    min_tokens: int
+    """Until so many tokens there is no EOS, no stop token and no stop string (0)."""
     seed: int
     """Same seed, prompt and options: same tokens. Choice i draws with seed + i (random)."""
     n: int
@@ -38,6 +56,8 @@ class Options(TypedDict, total=False):
     """Generation ends after one of these."""
     logprobs: int
     """0: log-probabilities of the chosen tokens; k: also of the k best (none)."""
+    prompt_logprobs: int
+    """As ``logprobs``, of the prompt: see ``Choice.prompt_tokens`` (none)."""
     ignore_eos: bool
     """Go on behind an end-of-sequence token (False)."""
     skip_special_tokens: bool
@@ -113,6 +133,7 @@ class Chunk:
     text: to append. usage: of this choice so far.
     finish_reason, stop_reason, timeline: with the last chunk of this choice. stop_reason
       is the stop string or stop token id that was met, None for EOS or length.
+    prompt_tokens: with the first chunk of a choice that asked for ``prompt_logprobs``.
     """
 
     request_id: str
@@ -124,16 +145,21 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     timeline: Timeline | None = None
+    prompt_tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
+    """``prompt_tokens``: the whole prompt where ``prompt_logprobs`` were asked for, each token
+    decoded on its own; the first has no log-probability."""
+
     index: int
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     timeline: Timeline | None = None
+    prompt_tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,9 +217,21 @@ def _of_choice(
                 finish_reason=script.finish_reason if last else None,
                 stop_reason=script.stop_reason if last else None,
                 timeline=_timeline() if last else None,
+                prompt_tokens=_prompt_tokens(spec) if seq == 0 else (),
             )
         )
     return outputs
+
+
+def _prompt_tokens(spec: GenerateSpec) -> tuple[Token, ...]:
+    """As the core gives them: without texts, the first without log-probability."""
+    top = spec.sampling.num_prompt_logprobs
+    if top < 0:
+        return ()
+    return tuple(
+        Token(token_id, "", _logprobs(token_id, top) if place else None)
+        for place, token_id in enumerate(spec.prompt_ids)
+    )
 
 
 def _timeline() -> Timeline:

@@ -103,6 +103,36 @@ async def test_a_request_reaches_the_core_as_it_was_written(stub, frontend):
     assert (sampling.ignore_eos, sampling.stop_token_ids) == (True, (5,))
 
 
+async def test_the_rules_of_a_draw_reach_the_core(stub, frontend):
+    rules = {
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 0.5,
+        "logit_bias": {9: -2.5},
+        "allowed_token_ids": [4, 9],
+        "bad_token_ids": [4],
+        "bad_words": ["ab"],
+        "min_tokens": 2,
+        "prompt_logprobs": 0,
+    }
+    await collected(stub.Generate(request("hello", seed=1, **rules)))
+    sampling = frontend.specs[0].sampling
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.5)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1.0, 0.5)
+    assert (sampling.logit_bias, sampling.allowed_token_ids) == (((9, -2.5),), (4, 9))
+    assert (sampling.bad_token_ids, len(sampling.bad_token_sequences)) == ((4,), 2)
+    assert (sampling.min_tokens, sampling.num_prompt_logprobs) == (2, 0)
+
+
+async def test_the_prompt_comes_back_with_the_first_response(stub):
+    first, *others = await collected(stub.Generate(request("hey", prompt_logprobs=1)))
+    assert [t.text for t in first.prompt_tokens] == ["h", "e", "y"]
+    assert [t.HasField("logprobs") for t in first.prompt_tokens] == [False, True, True]
+    assert len(first.prompt_tokens[1].logprobs.top) == 1
+    assert not any(response.prompt_tokens for response in others)
+
+
 async def test_absent_fields_get_the_defaults(stub, frontend):
     await collected(stub.Generate(request("hello")))
     (spec,) = frontend.specs

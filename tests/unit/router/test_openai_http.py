@@ -9,8 +9,10 @@ import openai
 import pytest
 
 from baton.protocol.errors import InternalError, Overloaded, PeerError, RequestConflict, Unavailable
+from baton.protocol.sampling import SamplingParams
 from tests.support.http_serving import openai_client, plain_client, serving_http
 from tests.support.scripted_frontend import Script, ScriptedFrontend, tokens
+from tests.support.tiny_text import tiny_tokenizer
 
 MODEL = "scripted"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -387,6 +389,113 @@ async def test_the_sync_client_works_too(url):
             return client.completions.create(model=MODEL, prompt="x").choices[0].text
 
     assert await asyncio.to_thread(ask) == "abc"
+
+
+async def test_every_sampling_field_reaches_the_core(client, frontend):
+    await client.completions.create(
+        model=MODEL,
+        prompt="x",
+        max_tokens=9,
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+        logit_bias={"7": -100, "3": 2},
+        seed=4,
+        extra_body={
+            "min_p": 0.05,
+            "repetition_penalty": 1.2,
+            "allowed_token_ids": [1, 2, 3, 7],
+            "bad_token_ids": [2],
+            "bad_words": ["A", "BC"],
+            "min_tokens": 3,
+            "prompt_logprobs": 2,
+        },
+    )
+    (spec,) = frontend.specs
+    assert spec.sampling == SamplingParams(
+        max_tokens=9,
+        seed=4,
+        min_p=0.05,
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+        logit_bias=((3, 2.0), (7, -100.0)),
+        allowed_token_ids=(1, 2, 3, 7),
+        bad_token_ids=(2, *tiny_tokenizer().encode("A")),
+        bad_token_sequences=tuple(
+            tuple(tiny_tokenizer().encode(text)) for text in (" A", "BC", " BC")
+        ),
+        min_tokens=3,
+        num_prompt_logprobs=2,
+    )
+
+
+# --- echo and the prompt's log-probabilities
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_puts_the_prompt_before_each_choice(client, stream):
+    answer = await client.completions.create(
+        model=MODEL, prompt=["def", "x"], n=2, echo=True, stream=stream
+    )
+    texts = dict.fromkeys(range(4), "")
+    if stream:
+        async for chunk in answer:
+            for choice in chunk.choices:
+                assert choice.logprobs is None
+                texts[choice.index] += choice.text
+    else:
+        texts = {choice.index: choice.text for choice in answer.choices}
+        assert answer.usage.prompt_tokens == 4
+    assert list(texts.values()) == ["defabc", "defabc", "xabc", "xabc"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_with_logprobs_scores_the_prompt(stream):
+    frontend = ScriptedFrontend(Script(choices=(tokens("h\u00e9", "b", first_id=300, top=1),)))
+    async with serving_http(frontend) as base_url, openai_client(base_url) as client:
+        answer = await client.completions.create(
+            model=MODEL, prompt="d\u00e9f", logprobs=1, echo=True, stream=stream
+        )
+        found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if stream:
+            async for chunk in answer:
+                for name, values in found.items():
+                    values += getattr(chunk.choices[0].logprobs, name)
+        else:
+            found = answer.choices[0].logprobs.model_dump()
+    assert frontend.specs[0].sampling.num_prompt_logprobs == 1
+    assert found["tokens"][0] == "d"
+    assert found["token_logprobs"] == [None, *[-0.5] * 5]
+    assert found["top_logprobs"][0] is None
+    assert [len(top) for top in found["top_logprobs"][1:]] == [1] * 5
+    # The two bytes of one character share its offset: the second one brings the character.
+    assert found["text_offset"] == [0, 1, 1, 2, 3, 5]
+
+
+async def test_no_tokens_asked_beside_echo_gives_the_prompt_alone(http):
+    body = {"prompt": "def", "echo": True, "logprobs": 0, "max_tokens": 0}
+    answer = (await http.post("/v1/completions", json=body)).json()
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("def", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize("chat", [False, True])
+async def test_prompt_logprobs_are_named_by_token_id(http, chat):
+    body = {"prompt": "de"} if not chat else {"messages": HELLO}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    answer = (await http.post(path, json=body | {"prompt_logprobs": 2})).json()
+    where = answer if chat else answer["choices"][0]
+    first, second, *_ = where["prompt_logprobs"]
+    text = "user: hello" if chat else "de"
+    (token_id,) = tiny_tokenizer().encode(text[1])
+    assert first is None
+    assert second[str(token_id)] == {"logprob": -0.5, "rank": 1, "decoded_token": text[1]}
+    assert second[str(token_id + 1)]["rank"] == 2
+    without = (await http.post(path, json=body)).json()
+    assert "prompt_logprobs" not in without
+    assert "prompt_logprobs" not in without["choices"][0]
 
 
 async def test_requests_of_load_clients_are_understood(http, frontend):

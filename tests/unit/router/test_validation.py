@@ -12,7 +12,8 @@ from baton.protocol.errors import InvalidRequest, PromptTooLong, UnknownModel
 from baton.protocol.sampling import MAX_SEED
 from router import limits
 from router.chat_template import ChatMessage, ChatTemplate
-from router.validation import RawRequest, Validator
+from router.raw_request import RawRequest
+from router.validation import Validator
 from tests.support.scripted_frontend import MODEL
 from tests.support.tiny_text import tiny_template, tiny_tokenizer
 
