@@ -1,13 +1,15 @@
 """Fill a model's parameters from safetensors files, one tensor at a time.
 
-Files are memory-mapped: beside the parameters themselves only the pages of the tensor being
-copied are in memory.
+Files are memory-mapped, and mapped anew every MAX_MAPPED_BYTES: pages that were read count as the
+process's memory for as long as their mapping lives, so one mapping of a whole file would be a
+second copy of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +22,8 @@ from baton.engine.parallel.shard import WHOLE, Shard, part_of, pieces
 from baton.protocol.errors import ConfigError, UnsupportedModel
 
 Progress = Callable[[int, int], None]
-"""Called with (tensors filled so far, tensors in all), on the loading thread."""
+"""Called with (bytes of the parameters filled so far, bytes in all), on the loading thread."""
+MAX_MAPPED_BYTES = 128 * 2**20
 
 _LOADABLE = (torch.float32, torch.bfloat16, torch.float16)
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -47,26 +50,40 @@ def load_parameters(
     parameters = allocate(part, dtype, device)
     wanted = destinations(part, parameters)
     whole = destinations(spec, allocate(spec, dtype, torch.device("meta")))
+    total_bytes = sum(to.view.nbytes for to in wanted.values())
     filled: set[str] = set()
+    filled_bytes = 0
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    if name in wanted:
-                        source = file.get_tensor(name)
-                        _check(path, name, source, whole[name])
-                        _fill(source, wanted[name], whole[name], shard)
-                    elif _is_ignored(name, spec):
+            for name, source in _tensors(path):
+                if name not in wanted:
+                    if _is_ignored(name, spec):
                         continue
-                    else:
-                        _refuse(path, name, spec)
-                    filled.add(name)
-                    if progress is not None:
-                        progress(len(filled), len(wanted))
+                    _refuse(path, name, spec)
+                _check(path, name, source, whole[name])
+                _fill(source, wanted[name], whole[name], shard)
+                filled.add(name)
+                filled_bytes += wanted[name].view.nbytes
+                if progress is not None:
+                    progress(filled_bytes, total_bytes)
         except (SafetensorError, OSError) as exc:
             raise ConfigError(f"{path}: cannot be read as safetensors ({exc})") from exc
     _check_complete(folder, wanted, filled, spec)
     return parameters
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file as a view of its mapping, to be let go before the next one."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        names = list(file.keys())
+    done = 0
+    while done < len(names):
+        mapped_bytes = 0
+        with safe_open(path, framework="pt", device="cpu") as file:
+            while done < len(names) and mapped_bytes < MAX_MAPPED_BYTES:
+                tensor = file.get_tensor(names[done])
+                done, mapped_bytes = done + 1, mapped_bytes + tensor.nbytes
+                yield names[done - 1], tensor
 
 
 def _check(path: Path, name: str, source: Tensor, whole: Destination) -> None:
@@ -108,7 +125,7 @@ def _is_ignored(name: str, spec: ModelSpec) -> bool:
     return tied_copy or name.endswith(_DERIVED_SUFFIXES)
 
 
-def _refuse(path: Path, name: str, spec: ModelSpec) -> None:
+def _refuse(path: Path, name: str, spec: ModelSpec) -> NoReturn:
     raise UnsupportedModel(
         f"{path}: {name} has no place in a {spec.architecture} as config.json describes it; "
         "supported: checkpoints of exactly the tensors that the config implies "

@@ -6,12 +6,14 @@ import torch
 from safetensors.torch import save_file
 
 from baton.checkpoint.spec import load_spec
+from baton.engine import weights
 from baton.engine.models.parameters import Mlp, Parameters
 from baton.engine.weights import load_parameters
 from baton.protocol.errors import ConfigError, UnsupportedModel
 from tests.support.tiny_checkpoint import TINY_LLAMA, tiny_weights, write_checkpoint, write_config
 
 CPU = torch.device("cpu")
+MIB = 2**20
 V_PROJ = "model.layers.1.self_attn.v_proj.weight"
 
 
@@ -52,7 +54,11 @@ def test_shards_and_progress(tmp_path: Path) -> None:
         device=CPU,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(n + 1, len(names)) for n in range(len(names))]
+    total_bytes = sum(tensor.nbytes for tensor in weights.values())
+    done_bytes = [done for done, _ in seen]
+    assert len(seen) == len(names)
+    assert done_bytes == sorted(done_bytes)
+    assert seen[-1] == (total_bytes, total_bytes)
     assert torch.equal(parameters.final_norm, weights["model.norm.weight"])
 
 
@@ -115,3 +121,30 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"model\.safetensors: cannot be read as safetensors"):
         load(folder)
+
+
+def test_pages_of_the_file_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TINY_LLAMA | {"vocab_size": 30_000, "hidden_size": 64, "num_hidden_layers": 20}
+    config |= {"intermediate_size": 1_500}
+    folder = write_checkpoint(tmp_path, config)
+    file_bytes = (folder / "model.safetensors").stat().st_size
+    assert file_bytes > 30 * MIB
+    seen: list[int] = []
+    monkeypatch.setattr(weights, "MAX_MAPPED_BYTES", MIB)
+    before = mapped_file_bytes()
+    spec = load_spec(folder)
+    load_parameters(
+        folder,
+        spec,
+        dtype=torch.bfloat16,
+        device=CPU,
+        progress=lambda done, total: seen.append(mapped_file_bytes()),
+    )
+    # The largest tensor alone has 8 MiB, and what the loader itself maps on its way comes on top.
+    assert max(seen) - before < file_bytes / 2
+
+
+def mapped_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    kilobytes = status.split("RssFile:")[1].split()[0]
+    return int(kilobytes) * 1024
