@@ -25,10 +25,13 @@ from baton.engine.parallel.kv import join_heads, split_heads
 from baton.engine.parallel.messages import LoadSettings, ReadKv, WriteKv
 from baton.engine.parallel.ranks import STEP_DEADLINE_S, Ranks
 from baton.engine.parallel.shard import allowed_sizes, part_of, refusals
-from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
+from baton.engine.plan import FailedSequence, SampledToken, SequenceChunk, StepPlan, StepResult
 from baton.engine.sampler import Sampler
 from baton.engine.sampling.rows import SampleRow
 from baton.engine.step_inputs import StepInputs, StepShape, build_inputs
+from baton.engine.structured.grammar import Vocabulary
+from baton.engine.structured.masks import GrammarMasks
+from baton.engine.structured.store import GrammarStore
 from baton.engine.weights import Progress, load_parameters
 from baton.protocol.errors import ConfigError, InternalError, RankLost
 from baton.protocol.layout import DTYPE_BYTES, KvLayout
@@ -49,8 +52,11 @@ class Executor:
         cache: KvCache,
         device: torch.device,
         ranks: Ranks | None,
+        grammars: GrammarStore,
     ) -> None:
         self.spec = spec
+        self.grammars = grammars
+        self._masks = GrammarMasks(grammars)
         self.layout = layout
         self._ranks = ranks
         self._decoder = decoder
@@ -169,7 +175,10 @@ class Executor:
                 device=device,
             )
             decoder = Decoder(part, assemble(part, parameters, backend), backend, device, group)
-            return cls(spec, layout, decoder, cache, device, ranks)
+            grammars = GrammarStore(
+                Vocabulary(folder / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
+            )
+            return cls(spec, layout, decoder, cache, device, ranks, grammars)
 
     @property
     def rank_fds(self) -> tuple[int, ...]:
@@ -194,10 +203,11 @@ class Executor:
         """
         began = time.perf_counter()
         self._sampler.forget(plan.gone)
+        self._masks.forget(plan.gone)
         sampling = [c for c in plan.chunks if c.samples]
         logits = self._logits(plan)
-        sampled = self._sample(logits, sampling) if sampling else ()
-        return StepResult(plan.step, sampled, time.perf_counter() - began)
+        sampled, failed = self._sample(logits, sampling) if sampling else ((), ())
+        return StepResult(plan.step, sampled, time.perf_counter() - began, failed=failed)
 
     @torch.inference_mode()
     def forward_logits(self, plan: StepPlan) -> Tensor:
@@ -250,21 +260,22 @@ class Executor:
     def _forward(self, inputs: StepInputs) -> Tensor:
         return self._decoder.forward(inputs, self._cache)
 
-    def _sample(self, logits: Tensor, chunks: Sequence[SequenceChunk]) -> tuple[SampledToken, ...]:
+    def _sample(
+        self, logits: Tensor, chunks: Sequence[SequenceChunk]
+    ) -> tuple[tuple[SampledToken, ...], tuple[FailedSequence, ...]]:
         # The largest logit of a row is NaN when any of them is, and infinite on overflow.
         sound = logits.amax(dim=-1).isfinite().tolist()
         bad = [c.seq_id for c, ok in zip(chunks, sound, strict=True) if not ok]
         if bad:
             raise InternalError(f"the logits of {', '.join(bad)} are not finite", request_id=bad[0])
-        return self._sampler.sample(
-            logits,
-            [
-                SampleRow(
-                    c.seq_id, c.sampling, c.start + len(c.token_ids), c.prompt_ids, c.output_ids
-                )
-                for c in chunks
-            ],
-        )
+        rows = [
+            SampleRow(c.seq_id, c.sampling, c.start + len(c.token_ids), c.prompt_ids, c.output_ids)
+            for c in chunks
+        ]
+        masks = self._masks.fill(rows)
+        sampled = self._sampler.sample(logits, rows, masks)
+        failed = {f.seq_id for f in masks.failed}
+        return tuple(s for s in sampled if s.seq_id not in failed), masks.failed
 
 
 def _dtype(name: str) -> torch.dtype:

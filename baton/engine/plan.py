@@ -85,9 +85,19 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedSequence:
+    """A sequence that cannot go on, for a reason of its own. ``code``: of a BatonError."""
+
+    seq_id: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """``sampled`` in the order of the plan's chunks that sample; ``prompt_logprobs`` of the
-    chunks that asked for them and predict a prompt token. compute_seconds: the forward pass;
+    chunks that asked for them and predict a prompt token. failed: sequences that cannot go on;
+    what was drawn for them is not in ``sampled``. compute_seconds: the forward pass;
     the copies of swaps are apart."""
 
     step: int
@@ -96,3 +106,4 @@ class StepResult:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     swap_out_seconds: float = 0.0
     swap_in_seconds: float = 0.0
+    failed: tuple[FailedSequence, ...] = ()

@@ -17,6 +17,7 @@ from baton.engine.sampling.draw import draw_tokens
 from baton.engine.sampling.logprobs import token_logprobs
 from baton.engine.sampling.rows import SampleRow
 from baton.engine.sampling.rules import SequenceRules, has_rules
+from baton.engine.structured.masks import RowMasks
 from baton.protocol.sampling import TokenLogprobs
 
 MAX_KEPT_SEQUENCES = 4_096
@@ -37,10 +38,13 @@ class Sampler:
         for seq_id in seq_ids:
             self._kept.pop(seq_id, None)
 
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> tuple[SampledToken, ...]:
+    def sample(
+        self, logits: Tensor, rows: Sequence[SampleRow], masks: RowMasks | None = None
+    ) -> tuple[SampledToken, ...]:
         """One token per row, in order. The same call again gives the same tokens.
 
-        logits: ``[S, V]`` float32, finite, contiguous; changed in place.
+        logits: ``[S, V]`` float32, finite, contiguous; changed in place. masks: of the rows
+        whose output is structured; ``masks.failed`` tells afterwards whose token is void.
         """
         params = [row.params for row in rows]
         asked = [i for i, p in enumerate(params) if p.num_logprobs >= 0]
@@ -48,6 +52,8 @@ class Sampler:
         ruled = self._ruled(rows)
         if ruled:
             apply_rules(logits, ruled)
+        if masks is not None:
+            masks.apply(logits)
         token_ids = draw_tokens(logits, params, [row.position for row in rows])
         found: dict[int, TokenLogprobs] = {}
         if plain is not None:

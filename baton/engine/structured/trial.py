@@ -1,0 +1,76 @@
+"""``python -m baton.engine.structured.trial``: compiles constraints where it can do no harm.
+
+A few hundred bytes of regular expression can keep the compiler busy for ever or fill all memory,
+and a thread inside it cannot be stopped. So every new constraint is tried here first, in a
+process of its own with a limit of CPU time and of memory that the kernel enforces: it dies, and
+the worker says no.
+
+One JSON line in (``{"kind", "text"}``), one out (``{"error"}``, empty when all is well). The end
+of the input is the end of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import llguidance
+
+from baton.engine.structured.grammar import Vocabulary, compile_constraint, refused
+from baton.protocol.constraint import Constraint
+from baton.protocol.errors import BatonError
+
+NUM_MASKS = 24
+"""Masks cost work too: some grammars compile quickly and then stall the first step."""
+MAX_MEMORY_BYTES = 4 * 2**30
+
+
+def main(arguments: list[str]) -> None:
+    """arguments: CPU seconds per constraint, tokenizer path, vocabulary size, EOS ids."""
+    seconds = float(arguments[0])
+    vocabulary = Vocabulary(
+        Path(arguments[1]), int(arguments[2]), tuple(int(i) for i in arguments[3:])
+    )
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    tokenizer: llguidance.LLTokenizer | None = None
+    for line in sys.stdin.buffer:
+        constraint = Constraint(**json.loads(line))
+        error = ""
+        try:
+            tokenizer = tokenizer or vocabulary.load()
+            # The default action of this signal ends the process, whatever it is doing.
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            try_out(tokenizer, constraint)
+        except BatonError as exc:
+            error = exc.message
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps({"error": error}), flush=True)
+
+
+def try_out(tokenizer: llguidance.LLTokenizer, constraint: Constraint) -> None:
+    """Compile it and walk some way along it. Raises InvalidRequest."""
+    matcher = compile_constraint(tokenizer, constraint)
+    choose = random.Random(0)
+    for _ in range(NUM_MASKS):
+        mask = matcher.compute_bitmask()
+        if matcher.is_error():
+            raise refused(constraint, matcher.get_error())
+        if matcher.is_stopped():
+            return
+        # Not a list of all allowed ids: masks of large vocabularies are mostly ones.
+        places = [place for place, byte in enumerate(mask) if byte]
+        if not places:
+            raise refused(constraint, "no token can follow")
+        place = choose.choice(places)
+        bits = [bit for bit in range(8) if mask[place] >> bit & 1]
+        matcher.consume_token(8 * place + choose.choice(bits))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,199 @@
+"""Masks from grammars: what is drawn conforms, wherever the matcher's state comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from baton.engine.sampler import Sampler
+from baton.engine.sampling.rows import SampleRow
+from baton.engine.structured.grammar import Vocabulary
+from baton.engine.structured.masks import GrammarMasks
+from baton.engine.structured.store import GrammarStore
+from baton.protocol.constraint import Constraint
+from baton.protocol.errors import ConfigError, InvalidRequest
+from baton.protocol.sampling import SamplingParams
+from tests.support.byte_tokenizer import EOS_ID, VOCAB_SIZE, text_of, write_byte_tokenizer
+
+DIGITS = Constraint("regex", "[0-9]{4}")
+AGE = Constraint(
+    "json_schema",
+    json.dumps(
+        {
+            "type": "object",
+            "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"enum": [7, 42]}},
+            "required": ["name", "age"],
+            "additionalProperties": False,
+        }
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> GrammarStore:
+    path = write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return GrammarStore(Vocabulary(path, VOCAB_SIZE, (EOS_ID,)))
+
+
+def params(constraint: Constraint | None, seed: int = 0, **changes: object) -> SamplingParams:
+    made = SamplingParams(max_tokens=200, seed=seed, constraint=constraint)
+    return SamplingParams(
+        **{f: getattr(made, f) for f in made.__struct_fields__} | changes  # type: ignore[arg-type]
+    )
+
+
+def generate(
+    store: GrammarStore, sampling: SamplingParams, *, forget_every: int = 0, most: int = 200
+) -> list[int]:
+    """Random logits, drawn from until EOS; the state may be lost on the way."""
+    masks, sampler = GrammarMasks(store), Sampler((EOS_ID,))
+    generator = torch.Generator().manual_seed(sampling.seed)
+    output: list[int] = []
+    while len(output) < most and EOS_ID not in output:
+        logits = torch.randn(1, VOCAB_SIZE, generator=generator) * 3
+        rows = [SampleRow("s", sampling, 3 + len(output), (1, 2, 3), output)]
+        filled = masks.fill(rows)
+        token = sampler.sample(logits, rows, filled)[0].token_id
+        assert filled.failed == ()
+        output.append(token)
+        if forget_every and len(output) % forget_every == 0:
+            masks.forget(["s"])
+    return output
+
+
+def test_a_regular_expression_is_matched_whole_and_then_ends(store: GrammarStore) -> None:
+    output = generate(store, params(DIGITS))
+    assert output[-1] == EOS_ID
+    assert re.fullmatch("[0-9]{4}", text_of(output))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_schema_is_obeyed(store: GrammarStore, temperature: float) -> None:
+    for seed in range(5):
+        value = json.loads(text_of(generate(store, params(AGE, seed, temperature=temperature))))
+        assert set(value) == {"name", "age"}
+        assert value["age"] in (7, 42)
+
+
+def test_choices_may_hold_any_text(store: GrammarStore) -> None:
+    texts = ['say "no"', "ä\n\t\\d", "\U0001f642", "<|end|>"]
+    choice = Constraint("choice", json.dumps(texts))
+    found = {text_of(generate(store, params(choice, seed))) for seed in range(12)}
+    assert found <= set(texts)
+    assert len(found) > 1
+
+
+def test_lark_and_gbnf_grammars(store: GrammarStore) -> None:
+    lark = Constraint("grammar", 'start: "(" start ")" | /[ab]/\n')
+    gbnf = Constraint("grammar", 'root ::= "(" root ")" | [ab]\n')
+    for grammar in (lark, gbnf):
+        text = text_of(generate(store, params(grammar, 3)))
+        assert re.fullmatch(r"(\(*)[ab](\)*)", text)
+        assert text.count("(") == text.count(")")
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32), forget_every=st.integers(1, 5))
+def test_state_is_built_again_from_the_output(
+    store: GrammarStore, seed: int, forget_every: int
+) -> None:
+    """A hand-over, a preemption and a recovery are all this: the matcher is missing."""
+    sampling = params(AGE, seed)
+    assert generate(store, sampling) == generate(store, sampling, forget_every=forget_every)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_taking_back_and_running_ahead_change_nothing(
+    store: GrammarStore, data: st.DataObject
+) -> None:
+    """A row whose output is shorter, or differs, than what the matcher has seen."""
+    output = generate(store, params(AGE, 1))
+    seen, fresh = GrammarMasks(store), GrammarMasks(store)
+    for _ in range(6):
+        cut = data.draw(st.integers(0, len(output) - 1))
+        row = SampleRow("s", params(AGE), 0, (), output[:cut])
+        ahead, alone = torch.zeros(1, VOCAB_SIZE), torch.zeros(1, VOCAB_SIZE)
+        seen.fill([row]).apply(ahead)
+        fresh.fill([row]).apply(alone)
+        fresh.forget(["s"])
+        assert torch.equal(ahead, alone)
+
+
+def test_rows_without_a_constraint_are_left_alone(store: GrammarStore) -> None:
+    rows = [
+        SampleRow("free", params(None), 0, (), []),
+        SampleRow("bound", params(DIGITS), 0, (), []),
+        SampleRow("other", params(DIGITS), 0, (), [ord("1"), ord("2"), ord("3"), ord("4")]),
+    ]
+    logits = torch.zeros(3, VOCAB_SIZE)
+    GrammarMasks(store).fill(rows).apply(logits)
+    assert (logits[0] == 0).all()
+    assert (logits[1] == 0).nonzero()[:, 0].tolist() == list(range(ord("0"), ord("9") + 1))
+    assert (logits[2] == 0).nonzero()[:, 0].tolist() == [EOS_ID], "a complete text ends"
+
+
+def test_limits_that_leave_no_token_cost_their_own_sequence(store: GrammarStore) -> None:
+    letters = params(DIGITS, allowed_token_ids=(65, 66))
+    rows = [SampleRow("stuck", letters, 0, (), []), SampleRow("fine", params(DIGITS), 0, (), [])]
+    masks = GrammarMasks(store).fill(rows)
+    sampled = Sampler((EOS_ID,)).sample(torch.randn(2, VOCAB_SIZE), rows, masks)
+    assert [f.seq_id for f in masks.failed] == ["stuck"]
+    assert masks.failed[0].code == "invalid_request"
+    assert "allowed_token_ids" in masks.failed[0].message
+    assert chr(sampled[1].token_id).isdigit()
+
+
+def test_an_output_that_breaks_the_grammar_costs_its_own_sequence(store: GrammarStore) -> None:
+    rows = [
+        SampleRow("odd", params(DIGITS), 0, (), [ord("x")]),
+        SampleRow("fine", params(DIGITS), 0, (), [ord("1")]),
+    ]
+    masks = GrammarMasks(store).fill(rows)
+    assert [f.seq_id for f in masks.failed] == ["odd"]
+    sampled = Sampler((EOS_ID,)).sample(torch.randn(2, VOCAB_SIZE), rows, masks)
+    assert chr(sampled[1].token_id).isdigit()
+
+
+@pytest.mark.parametrize(
+    ("constraint", "word"),
+    [
+        (Constraint("regex", "(("), "unclosed"),
+        (Constraint("json_schema", '{"not": {}}'), "not"),
+        (Constraint("json_schema", "no json"), "json_schema"),
+        (Constraint("grammar", "start: nobody\n"), "nobody"),
+        (Constraint("choice", "[]"), "strings"),
+        (Constraint("choice", "[1]"), "strings"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(
+    store: GrammarStore, constraint: Constraint, word: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=word) as caught:
+        store.add(constraint)
+    assert caught.value.param == constraint.kind
+
+
+def test_the_store_forgets_the_oldest_and_compiles_it_again(store: GrammarStore) -> None:
+    for number in range(70):
+        store.add(Constraint("regex", f"[a-z]{{{number + 1}}}"))
+    assert store.num_kept == 64
+    first = Constraint("regex", "[a-z]{1}")
+    assert not store.has(first)
+    store.matcher(first)
+    assert store.has(first)
+
+
+def test_a_folder_without_a_usable_tokenizer_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    store = GrammarStore(Vocabulary(tmp_path / "tokenizer.json", 61, (1,)))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        store.add(DIGITS)
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        GrammarStore(Vocabulary(tmp_path / "tokenizer.json", 61, ())).add(DIGITS)
