@@ -8,7 +8,7 @@ wrong must not take the worker's memory with it.
 from __future__ import annotations
 
 import socket
-from typing import TypeVar
+from typing import Any
 
 import msgspec
 
@@ -17,8 +17,6 @@ from baton.protocol.errors import RankLost, WireError
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Twice the KV of the largest frame that a configuration allows, and room around it."""
 _HEADER_BYTES = 4
-
-T = TypeVar("T")
 
 
 class Channel:
@@ -45,9 +43,9 @@ class Channel:
         except OSError as exc:
             raise self._lost(exc, deadline_s) from exc
 
-    def receive(self, kind: type[T], deadline_s: float | None) -> T:
-        """The next message; None waits for ever. Raises RankLost, and WireError for a message
-        that is too long or no ``kind``."""
+    def receive(self, kind: Any, deadline_s: float | None) -> Any:
+        """The next message, a ``kind``: a type or a union of types. None waits for ever.
+        Raises RankLost, and WireError for a message that is too long or no ``kind``."""
         header = self._read(_HEADER_BYTES, deadline_s)
         num_bytes = int.from_bytes(header, "little")
         if num_bytes > MAX_MESSAGE_BYTES:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import GatherOptions, Store, TCPStore
+from torch.distributed.distributed_c10d import GatherOptions, Store
 
 from baton.engine.parallel.shard import Shard
 from baton.protocol.errors import RankLost
@@ -122,13 +122,15 @@ class RankGroup:
 
 
 LOOPBACK_HOST, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+_DISTRIBUTED: Any = torch.distributed
+"""Its stubs leave out the stores and the options of process groups."""
 
 
 def host_store(num_ranks: int, deadline_s: float) -> tuple[Store, int]:
     """Where the ranks find each other, and its port: on loopback only, unlike torch's own."""
     listener = socket.create_server((LOOPBACK_HOST, 0))
     port = int(listener.getsockname()[1])
-    store = TCPStore(
+    store: Store = _DISTRIBUTED.TCPStore(
         LOOPBACK_HOST,
         port,
         num_ranks,
@@ -144,9 +146,12 @@ def find_store(port: int, num_ranks: int, deadline_s: float) -> Store:
     """Raises RankLost when rank 0's store is not there."""
     timeout = timedelta(seconds=deadline_s)
     try:
-        return TCPStore(LOOPBACK_HOST, port, num_ranks, is_master=False, timeout=timeout)
+        store: Store = _DISTRIBUTED.TCPStore(
+            LOOPBACK_HOST, port, num_ranks, is_master=False, timeout=timeout
+        )
     except RuntimeError as exc:
         raise RankLost(f"rank 0 cannot be found on port {port}: {exc}") from exc
+    return store
 
 
 def join(
@@ -168,13 +173,13 @@ def join(
 
 def _backend(store: Store, shard: Shard, device: torch.device, timeout: timedelta) -> Any:
     if device.type == "cuda":
-        nccl: Any = torch.distributed.ProcessGroupNCCL
+        nccl = _DISTRIBUTED.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = timeout
         backend = nccl(store, shard.rank, shard.size, options)
         backend.eager_connect_single_device(device)
         return backend
-    gloo: Any = torch.distributed.ProcessGroupGloo
+    gloo = _DISTRIBUTED.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timeout
     options._devices = [gloo.create_device(interface=LOOPBACK_INTERFACE)]

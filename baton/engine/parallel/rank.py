@@ -59,7 +59,7 @@ def serve_kv(kv: Channel, executor: Executor, done: StepCount, deadline_s: float
     code = 1
     try:
         while True:
-            request = kv.receive(KvRequest, None)  # type: ignore[arg-type]
+            request: KvRequest = kv.receive(KvRequest, None)
             done.wait_for(request.range.num_steps, deadline_s)
             kv.send(KvDone(_answer(request, executor)), deadline_s)
     except RankLost:
@@ -81,7 +81,7 @@ def _answer(request: KvRequest, executor: Executor) -> memoryview:
 
 def run(steps: Channel, kv: Channel) -> None:
     """Until rank 0 has closed its end. Raises RankLost when another rank is gone."""
-    told = steps.receive(Join, None)
+    told: Join = steps.receive(Join, None)
     steps.send(Started(), told.deadline_s)
     try:
         executor = _load(told)
@@ -95,7 +95,7 @@ def run(steps: Channel, kv: Channel) -> None:
     ).start()
     while True:
         try:
-            plan = steps.receive(StepPlan, None)
+            plan: StepPlan = steps.receive(StepPlan, None)
         except RankLost:
             return
         executor.forward_logits(plan)

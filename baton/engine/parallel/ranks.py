@@ -103,7 +103,7 @@ class Ranks:
     def _expect(self, wanted: type[Started] | type[Ready]) -> None:
         for rank in self._ranks:
             try:
-                answer = rank.steps.receive(Start, START_DEADLINE_S)  # type: ignore[arg-type]
+                answer: Start = rank.steps.receive(Start, START_DEADLINE_S)
             except RankLost as exc:
                 raise self._lost(exc) from exc
             if isinstance(answer, Failed):
@@ -133,9 +133,10 @@ class Ranks:
         try:
             for rank, request in zip(self._ranks, requests, strict=True):
                 rank.kv.send(request, self._deadline_s)
-            return [rank.kv.receive(KvDone, self._deadline_s).payload for rank in self._ranks]
+            answers: list[KvDone] = [r.kv.receive(KvDone, self._deadline_s) for r in self._ranks]
         except RankLost as exc:
             raise self._lost(exc) from exc
+        return [answer.payload for answer in answers]
 
     def range(
         self,
