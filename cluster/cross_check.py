@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from baton.checkpoint.find import resolve
-from baton.checkpoint.spec import load_spec
+from baton.checkpoint.spec import ModelSpec, load_spec
+from baton.engine.parallel.shard import allowed_sizes, refusals
 from baton.protocol.config import ModelConfig, NetworkConfig, PoolConfig, Replicas, RouterConfig
 from baton.protocol.errors import ConfigError
 
@@ -83,11 +84,13 @@ def _check_roles(pools: Mapping[str, PoolConfig]) -> Iterator[Found]:
 
 
 def _check_model(model: ModelConfig, pools: Mapping[str, PoolConfig]) -> Iterator[Found]:
+    limit = None
     try:
-        limit = load_spec(resolve(model.path)).max_position_embeddings
+        spec = load_spec(resolve(model.path))
+        limit = spec.max_position_embeddings
+        yield from _check_split(spec, pools)
     except ConfigError as exc:
         yield "model.path", exc.message
-        limit = None
     length = model.max_model_len if model.max_model_len is not None else limit
     if limit is not None and length is not None and length > limit:
         yield "model.max_model_len", f"is {length}; the checkpoint was made for at most {limit}"
@@ -103,6 +106,17 @@ def _check_model(model: ModelConfig, pools: Mapping[str, PoolConfig]) -> Iterato
                 f"{pool.engine.num_blocks} blocks of {pool.engine.block_size} tokens hold {room} "
                 f"tokens, less than one request of {length}; give at least {need} blocks, or "
                 "lower model.max_model_len",
+            )
+
+
+def _check_split(spec: ModelSpec, pools: Mapping[str, PoolConfig]) -> Iterator[Found]:
+    for path, pool in pools.items():
+        refused = refusals(spec, pool.tensor_parallel)
+        if refused:
+            allowed = ", ".join(map(str, allowed_sizes(spec)))
+            yield (
+                f"{path}.tensor_parallel",
+                f"is {pool.tensor_parallel}; {'; '.join(refused)}; allowed here: {allowed}",
             )
 
 

@@ -24,15 +24,17 @@ from baton.protocol.config import ClusterConfig, PoolConfig
 from baton.protocol.errors import BatonError, InternalError, Unavailable
 from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo, WorkerSpec
 from cluster.actors import RouterActor, WorkerActor
+from cluster.launcher import Loaded
 
 STOP_TIMEOUT_S = 5.0
 PLACEMENT_TIMEOUT_S = 60
+ASK_LOADED_S = 1.0
 ROUTER_CPUS = 0.1
 
 
 def bundle(pool: PoolConfig) -> dict[str, float]:
     """What one replica of a pool reserves of a Ray node."""
-    gpus = {"GPU": 1.0} if pool.placement.device == "cuda" else {}
+    gpus = {"GPU": float(pool.tensor_parallel)} if pool.placement.device == "cuda" else {}
     return {"CPU": pool.placement.cpus, **gpus, **pool.placement.resources}
 
 
@@ -137,7 +139,7 @@ class RayLauncher:
             # that is gone when the shutdown was left out.
             ray.shutdown()
 
-    async def start_worker(self, spec: WorkerSpec) -> RayWorker:
+    async def start_worker(self, spec: WorkerSpec, loaded: Loaded) -> RayWorker:
         pool = spec.pool
         index = self._bundle_of.get(spec.worker_id)
         if index is None:
@@ -157,7 +159,7 @@ class RayLauncher:
             )
             .remote(msgspec.json.encode(spec))
         )
-        info = await self._started(actor, spec.worker_id)
+        info = await self._started(actor, spec.worker_id, loaded)
         return RayWorker(actor, msgspec.json.decode(info, type=WorkerInfo))
 
     async def start_router(self, spec: RouterSpec) -> RayRouter:
@@ -171,17 +173,31 @@ class RayLauncher:
         info = await self._started(actor, spec.router_id)
         return RayRouter(actor, msgspec.json.decode(info, type=RouterInfo))
 
-    async def _started(self, actor: Any, name: str) -> bytes:
+    async def _started(self, actor: Any, name: str, loaded: Loaded | None = None) -> bytes:
         self._actors.append(actor)
+        starting = asyncio.ensure_future(_answered(actor.start.remote()))
         try:
-            info: bytes = await actor.start.remote()
+            while loaded is not None:
+                if (await asyncio.wait([starting], timeout=ASK_LOADED_S))[0]:
+                    break
+                if (found := await actor.loaded.remote()) is not None:
+                    loaded(*found)
+            info: bytes = await starting
         except RayTaskError as exc:
             if isinstance(exc.cause, BatonError):
                 raise exc.cause from exc
             raise InternalError(f"{name} did not start: {exc}", hop=name) from exc
         except RayActorError as exc:
             raise Unavailable(f"{name} died while it started: {exc}", hop=name) from exc
+        finally:
+            starting.cancel()
         return info
+
+
+async def _answered(reference: Any) -> bytes:
+    """Ray's references can be awaited, but are no coroutines that a task could be made of."""
+    answer: bytes = await reference
+    return answer
 
 
 def _cluster_resources() -> dict[str, float]:

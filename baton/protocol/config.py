@@ -78,8 +78,9 @@ class PoolConfig(_Section, frozen=True):
     name: Name
     role: Role
     replicas: PositiveInt | Replicas = 1
-    tensor_parallel: Literal[1] = 1
-    """Tensor parallelism inside a worker comes with a later release: 1 only."""
+    tensor_parallel: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Processes over which each worker of the pool splits the model, with a GPU each or, on CPUs,
+    ``engine.num_threads`` threads each. Divides the model's attention and KV heads and its MLP."""
     placement: Placement = Placement()
     engine: EngineConfig = EngineConfig()
 
