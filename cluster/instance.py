@@ -14,8 +14,10 @@ from typing import Protocol
 from baton.checkpoint.find import resolve
 from baton.engine.executor import Executor
 from baton.protocol.clock import MonotonicClock
+from baton.protocol.errors import RankLost
 from baton.protocol.ids import new_incarnation
 from baton.protocol.spec import WorkerInfo, WorkerSpec
+from baton.worker.rank_watch import watch_ranks
 from decode_worker.service import DecodeService
 from prefill_worker.service import PrefillService
 
@@ -38,9 +40,13 @@ class WorkerInstance:
         """Load the model, bind, and serve in the background. Raises ConfigError."""
         executor = await asyncio.to_thread(load_executor, self._spec, progress)
         incarnation = new_incarnation()
-        service = build(self._spec, incarnation, executor)
-        address = service.bind()
-        self._task = asyncio.get_running_loop().create_task(service.run(), name="worker")
+        try:
+            service = build(self._spec, incarnation, executor)
+            address = service.bind()
+        except BaseException:
+            executor.close()
+            raise
+        self._task = asyncio.get_running_loop().create_task(serve(service, executor), name="worker")
         return WorkerInfo(
             worker_id=self._spec.worker_id,
             incarnation=incarnation,
@@ -63,6 +69,27 @@ class WorkerInstance:
             await asyncio.wait([self._task])
 
 
+async def serve(service: Service, executor: Executor) -> None:
+    """Until cancelled. Raises RankLost when a rank of this worker is gone; none is left then."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(service.run(), name="service")
+            group.create_task(watch_ranks(executor), name="ranks")
+    except BaseExceptionGroup as failures:
+        losses = failures.subgroup(RankLost)
+        if losses is None:
+            raise
+        raise _first(losses) from failures
+    finally:
+        executor.close()
+
+
+def _first(errors: BaseExceptionGroup[RankLost]) -> RankLost:
+    """The step and the watch notice the same loss."""
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
 def load_executor(spec: WorkerSpec, progress: Progress | None) -> Executor:
     engine = spec.pool.engine
     return Executor.load(
@@ -72,6 +99,7 @@ def load_executor(spec: WorkerSpec, progress: Progress | None) -> Executor:
         num_blocks=engine.num_blocks,
         block_size=engine.block_size,
         num_threads=engine.num_threads,
+        tensor_parallel=spec.pool.tensor_parallel,
         progress=progress,
     )
 

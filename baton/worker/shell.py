@@ -17,6 +17,7 @@ import zmq.asyncio
 from baton.engine.plan import StepPlan, StepResult
 from baton.messaging.server import MessageServer, Peer
 from baton.protocol.clock import Clock
+from baton.protocol.errors import RankLost
 from baton.protocol.messages import AnyMessage, Hello, HelloReply
 from baton.worker.events import (
     Decider,
@@ -110,8 +111,11 @@ class WorkerShell:
             plan = await self._plans.get()
             try:
                 result = await loop.run_in_executor(self._engine_thread, self._engine.execute, plan)
+            except RankLost:
+                # No further step can run either: the worker ends, and counts as lost.
+                raise
             except Exception as exc:
-                # Whatever a step raises costs the requests of that step and nothing else.
+                # Whatever else a step raises costs the requests of that step and nothing else.
                 log.exception("step %d raised", plan.step)
                 self.feed(StepRaised(f"the engine step raised {type(exc).__name__}: {exc}"))
             else:
