@@ -1,9 +1,7 @@
 """The KV blocks of one worker as one tensor; which block is whose is the block pool's business.
 
-Shape ``[layers, 2 (K, V), num_blocks + 1, block_size, kv_heads, head_dim]``. A slot is one
-token's place: ``block * block_size + offset``. The block past the last one is never handed
-out and stays zero: gathers that need padding point there, so that whatever unused slots hold
-(NaN too) never meets a sum.
+Shape ``[layers, 2 (K, V), num_blocks, block_size, kv_heads, head_dim]``. A slot is one
+token's place: ``block * block_size + offset``.
 """
 
 from __future__ import annotations
@@ -33,12 +31,11 @@ class KvCache:
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.null_slot = num_blocks * block_size
         self.blocks = torch.zeros(
             (
                 layout.num_layers,
                 2,
-                num_blocks + 1,
+                num_blocks,
                 block_size,
                 layout.num_kv_heads,
                 layout.head_dim,
@@ -50,24 +47,14 @@ class KvCache:
         self._rows = self.blocks.view(
             layout.num_layers,
             2,
-            (num_blocks + 1) * block_size,
+            num_blocks * block_size,
             layout.num_kv_heads * layout.head_dim,
         )
-        self._layer_rows = [(layer[0], layer[1]) for layer in self._rows]
+        self._layer_blocks = [(layer[0], layer[1]) for layer in self.blocks]
 
-    def put(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store one layer's K and V, each ``[T, kv_heads, head_dim]``, at ``slots`` (``[T]``)."""
-        k_rows, v_rows = self._layer_rows[layer]
-        k_rows.index_copy_(0, slots, k.flatten(1))
-        v_rows.index_copy_(0, slots, v.flatten(1))
-
-    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V, each ``[N, kv_heads, head_dim]``, copied from ``slots`` (``[N]``)."""
-        shape = (-1, self.layout.num_kv_heads, self.layout.head_dim)
-        k_rows, v_rows = self._layer_rows[layer]
-        k = k_rows.index_select(0, slots).view(shape)
-        v = v_rows.index_select(0, slots).view(shape)
-        return k, v
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V, each ``[num_blocks, block_size, kv_heads, head_dim]``."""
+        return self._layer_blocks[layer]
 
     def read(
         self,
@@ -124,7 +111,9 @@ class KvCache:
         slots = slots_of(
             np.asarray(block_table, dtype=np.int64), start, num_tokens, self.block_size
         )
-        if slots.size and not (slots.min() >= 0 and slots.max() < self.null_slot):
+        if slots.size and not (
+            slots.min() >= 0 and slots.max() < self.num_blocks * self.block_size
+        ):
             raise InternalError(f"block table {tuple(block_table)}: ids 0 to {self.num_blocks - 1}")
         return torch.from_numpy(slots).to(self._rows.device)
 

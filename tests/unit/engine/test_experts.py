@@ -1,77 +1,78 @@
-from functools import partial
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import silu
 
-from baton.engine.models.experts import choose, mix_experts
-from baton.engine.models.parameters import Experts
+from baton.engine.kernels.compiled.library import load_library
+from baton.engine.models.backend import Backend
+from baton.engine.models.compiled_backend import CompiledBackend
+from baton.engine.models.experts import mix_experts
+from baton.engine.models.model import ExpertMlp
+from baton.engine.models.torch_backend import TorchBackend
 
 HIDDEN, INNER = 24, 10
 
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
-def experts(num_experts: int = 5, num_chosen: int = 2, *, normalized: bool = True) -> Experts:
-    torch.manual_seed(1)
-    return Experts(
-        router=torch.randn(num_experts, HIDDEN),
-        gate_up=torch.randn(num_experts, 2 * INNER, HIDDEN),
-        down=torch.randn(num_experts, HIDDEN, INNER),
-        num_chosen=num_chosen,
-        normalized=normalized,
-    )
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "compiled": lambda: CompiledBackend(load_library(1)),
+    "torch": lambda: TorchBackend(torch.device("cpu"), deterministic=False),
+}
 
 
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return silu(gate) * up
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return BACKENDS[request.param]()
 
 
-def one_by_one(row: torch.Tensor, e: Experts) -> torch.Tensor:
-    probabilities = (e.router @ row).softmax(dim=0)
-    best = probabilities.sort(descending=True).indices[: e.num_chosen].tolist()
-    total = sum(probabilities[n] for n in best) if e.normalized else 1.0
-    out = torch.zeros(HIDDEN)
-    for n in best:
-        out += probabilities[n] / total * (e.down[n] @ gated(e.gate_up[n] @ row))
-    return out
+class Weights:
+    def __init__(self, num_experts: int = 5, num_chosen: int = 2, *, normalized: bool = True):
+        torch.manual_seed(1)
+        self.router = torch.randn(num_experts, HIDDEN)
+        self.gate_up = torch.randn(num_experts, 2 * INNER, HIDDEN)
+        self.down = torch.randn(num_experts, HIDDEN, INNER)
+        self.num_chosen = num_chosen
+        self.normalized = normalized
+
+    def on(self, backend: Backend) -> ExpertMlp:
+        return ExpertMlp(
+            router=backend.product(self.router.clone(), None),
+            gate_up=backend.grouped(self.gate_up.clone(), "silu"),
+            down=backend.grouped(self.down.clone(), None),
+            num_chosen=self.num_chosen,
+            normalized=self.normalized,
+        )
+
+    def one_row(self, row: Tensor) -> Tensor:
+        probabilities = (self.router @ row).softmax(dim=0)
+        best = probabilities.sort(descending=True).indices[: self.num_chosen].tolist()
+        total = sum(probabilities[n] for n in best) if self.normalized else 1.0
+        out = torch.zeros(HIDDEN)
+        for n in best:
+            gate, up = (self.gate_up[n] @ row).chunk(2)
+            out += probabilities[n] / total * (self.down[n] @ (silu(gate) * up))
+        return out
 
 
-def test_rows_get_what_their_own_experts_give() -> None:
-    rows = torch.randn(37, HIDDEN, generator=torch.Generator().manual_seed(2))
-    for e in (experts(), experts(normalized=False), experts(3, 3), experts(1, 1)):
-        expected = torch.stack([one_by_one(row, e) for row in rows])
-        torch.testing.assert_close(mix_experts(rows, e, gated), expected, rtol=1e-4, atol=1e-4)
+def random_rows(count: int) -> Tensor:
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    "weights", [Weights(), Weights(normalized=False), Weights(3, 3), Weights(1, 1)]
+)
+def test_rows_get_what_their_own_experts_give(backend: Backend, weights: Weights) -> None:
+    rows = random_rows(37)
+    expected = torch.stack([weights.one_row(row) for row in rows])
+    mixed = mix_experts(rows, weights.on(backend))
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_neighbours_do_not_change_a_row() -> None:
-    e = experts()
-    rows = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(3))
-    together = mix_experts(rows, e, gated)
-    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    mlp = Weights().on(CompiledBackend(load_library(1)))
+    rows = random_rows(64)
+    together = mix_experts(rows, mlp)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(4))
-    close(mix_experts(rows[order], e, gated), together[order])
+    assert torch.equal(mix_experts(rows[order], mlp), together[order])
     for n in (0, 13, 63):
-        close(mix_experts(rows[n : n + 1], e, gated)[0], together[n])
-
-
-def test_all_rows_may_want_the_same_expert() -> None:
-    e = experts()
-    row = torch.randn(1, HIDDEN)
-    out = mix_experts(row.expand(9, -1), e, gated)
-    torch.testing.assert_close(out, one_by_one(row[0], e).expand(9, -1), rtol=1e-4, atol=1e-4)
-
-
-def test_choices_fall_in_probability_and_weights_sum_to_one() -> None:
-    rows = torch.randn(20, HIDDEN)
-    weights, chosen = choose(rows, experts())
-    assert bool((weights[:, 0] >= weights[:, 1]).all())
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(20))
-    assert bool((chosen[:, 0] != chosen[:, 1]).all())
-    raw, same = choose(rows, experts(normalized=False))
-    assert torch.equal(same, chosen)
-    assert bool((raw.sum(dim=-1) < 1).all())
+        assert torch.equal(mix_experts(rows[n : n + 1], mlp)[0], together[n])

@@ -1,18 +1,12 @@
+import pytest
 import torch
 
 from baton.engine.plan import SequenceChunk, StepPlan
 from baton.engine.step_inputs import StepShape, build_inputs
+from baton.protocol.errors import InternalError
 from baton.protocol.sampling import SamplingParams
 
-SHAPE = StepShape(
-    vocab_size=100,
-    num_blocks=100,
-    block_size=4,
-    windows=(None, 6),
-    mask_dtype=torch.float32,
-    device=torch.device("cpu"),
-)
-NULL = 400
+SHAPE = StepShape(vocab_size=100, num_blocks=100, block_size=4, device=torch.device("cpu"))
 
 
 def decode(seq_id: str, start: int, table: tuple[int, ...]) -> SequenceChunk:
@@ -24,48 +18,42 @@ def test_rows_are_packed_decodes_first_and_answers_return_in_plan_order() -> Non
     silent = SequenceChunk("q", (5, 6), 0, (2,), False, SamplingParams())
     plan = StepPlan(0, (prompt, decode("b", 5, (8, 9)), silent, decode("a", 1, (6,))))
     inputs = build_inputs(plan, SHAPE)
-    assert inputs.token_ids.tolist() == [1, 5, 7, 8, 9, 5, 6]
-    assert inputs.positions.tolist() == [1, 5, 2, 3, 4, 0, 1]
-    assert inputs.slots.tolist() == [25, 37, 14, 15, 4, 8, 9]
-    assert inputs.sample_rows.tolist() == [4, 1, 0]
-    assert set(inputs.attention) == {None, 6}
+    assert inputs.num_decodes == 2
+    assert inputs.token_ids.tolist() == [5, 1, 7, 8, 9, 5, 6]
+    assert inputs.positions.tolist() == [5, 1, 2, 3, 4, 0, 1]
+    assert inputs.slots.tolist() == [37, 25, 14, 15, 4, 8, 9]
+    assert inputs.sample_rows.tolist() == [4, 0, 1]
+    assert inputs.block_tables.tolist() == [[8, 9], [6, 0], [3, 1], [2, 0]]
+    assert inputs.cu_seqlens_q.tolist() == [0, 1, 2, 5, 7]
+    assert inputs.cu_seqlens_prefill.tolist() == [0, 3, 5]
+    assert inputs.context_lens.tolist() == [6, 2, 5, 2]
 
 
-def test_decodes_are_padded_to_the_null_slot() -> None:
-    plan = StepPlan(0, (decode("a", 1, (6,)), decode("b", 5, (8, 9))))
-    (group,) = build_inputs(plan, SHAPE).attention[None].decode
-    assert group.slots.view(2, 6).tolist() == [
-        [24, 25, NULL, NULL, NULL, NULL],
-        [32, 33, 34, 35, 36, 37],
-    ]
-    assert group.mask is not None
-    assert (group.mask[:, 0, 0] == 0).tolist() == [[True] * 2 + [False] * 4, [True] * 6]
+def test_blocks_past_a_chunk_are_not_carried_along() -> None:
+    chunk = SequenceChunk("p", (7, 8), 0, (3, 1, 9, 9), False, SamplingParams())
+    inputs = build_inputs(StepPlan(0, (chunk,)), SHAPE)
+    assert inputs.block_tables.tolist() == [[3]]
+    assert inputs.sample_rows.tolist() == []
 
 
-def test_a_window_reads_only_what_it_sees() -> None:
-    plan = StepPlan(0, (decode("a", 13, (5, 6, 7, 8)),))
-    (group,) = build_inputs(plan, SHAPE).attention[6].decode
-    assert group.slots.tolist() == [28, 29, 30, 31, 32, 33][-6:]
-    assert group.mask is None
+@pytest.mark.parametrize(
+    ("chunk", "reason"),
+    [
+        (SequenceChunk("x", (), 0, (1,), True, SamplingParams()), "without tokens"),
+        (SequenceChunk("x", (1,), 4, (1,), True, SamplingParams()), "positions up to 4"),
+        (SequenceChunk("x", (1,), -1, (1,), True, SamplingParams()), "positions up to -1"),
+        (SequenceChunk("x", (1,), 0, (100,), True, SamplingParams()), "0 to 99"),
+        (SequenceChunk("x", (1,), 0, (-1,), True, SamplingParams()), "0 to 99"),
+        (SequenceChunk("x", (1, 100), 0, (1,), True, SamplingParams()), "0 to 99"),
+    ],
+)
+def test_a_chunk_that_cannot_run_is_named(chunk: SequenceChunk, reason: str) -> None:
+    with pytest.raises(InternalError, match=reason) as caught:
+        build_inputs(StepPlan(0, (decode("a", 1, (6,)), chunk)), SHAPE)
+    assert caught.value.request_id == "x"
 
 
-def test_unlike_contexts_are_not_padded_to_the_longest() -> None:
-    lengths = [10, 100, 128, 129, 250, 258, 259, 390]
-    chunks = tuple(decode(str(n), n - 1, tuple(range(100))) for n in reversed(lengths))
-    index = build_inputs(StepPlan(0, chunks), SHAPE).attention[None]
-    assert [(g.first_row, g.num_rows) for g in index.decode] == [(0, 3), (3, 3), (6, 2)]
-    assert [len(g.slots) // g.num_rows for g in index.decode] == [128, 258, 390]
-
-
-def test_a_prompt_from_zero_needs_neither_cache_nor_mask() -> None:
-    prompt = SequenceChunk("p", tuple(range(6)), 0, (3, 1), True, SamplingParams())
-    longer = SequenceChunk("q", tuple(range(7)), 0, (4, 5), True, SamplingParams())
-    inputs = build_inputs(StepPlan(0, (prompt, longer)), SHAPE)
-    plain, windowed = inputs.attention[None].prefill, inputs.attention[6].prefill
-    assert [t.mask is None for t in plain] == [True, True]
-    assert [t.slots is None for t in windowed] == [True, False]
-    mask = windowed[1].mask
-    assert mask is not None
-    seen = (mask == 0).tolist()
-    assert seen[6] == [False, True, True, True, True, True, True]
-    assert seen[2] == [True, True, True, False, False, False, False]
+def test_a_sequence_runs_once_in_a_step() -> None:
+    plan = StepPlan(0, (decode("a", 1, (6,)), decode("a", 1, (6,))))
+    with pytest.raises(InternalError, match="twice"):
+        build_inputs(plan, SHAPE)

@@ -1,0 +1,278 @@
+// Attention over paged KV, for prompts' chunks and decoding rows alike.
+//
+// One unit of work is one KV head of some query rows of one sequence. It walks the keys in tiles
+// of TILE positions counted from position 0 of the sequence, with a running maximum and sum per
+// query (online softmax). Scores, sums and products are single chains in key order within a
+// tile, and tiles follow each other in order, so a query's result depends on its own position
+// and keys alone: bitwise the same for any chunking, any batch and any block size.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "linear.h"
+
+namespace baton {
+namespace {
+
+constexpr int TILE = 64;          // keys; a multiple of NR
+constexpr int MAX_QUERIES = 72;   // query rows x grouped heads of one unit, where groups allow
+
+static_assert(TILE % NR == 0, "scores are computed NR keys at a time");
+
+struct Job {
+  const float* q;  // [rows, heads, dim], rows q_stride apart
+  int64_t q_stride;
+  const void* keys;  // [blocks, block_size, kv_heads, dim]
+  const void* values;
+  int64_t block_size, kv_heads, group, dim;
+  const int32_t* block_tables;  // [sequences, table_width]
+  int64_t table_width;
+  const int32_t* cu_rows;        // [sequences + 1]: first row of each sequence
+  const int32_t* context_lens;   // [sequences]: positions up to the sequence's last row
+  float scale, soft_cap;         // soft_cap 0: none
+  int64_t window;                // 0: none
+  float* out;                    // [rows, heads * dim]
+};
+
+struct Unit {
+  int32_t sequence, first_row, num_rows, kv_head, group_start, group_count;
+};
+
+struct Scratch {
+  std::vector<float> queries, transposed, values, scores, sums, scores_max, scores_sum;
+};
+
+// One row longer than the panel: panels a multiple of 4 KiB apart would fall on the same lines.
+inline int64_t panel_stride(int64_t depth) { return (depth + 1) * NR; }
+
+inline int64_t rounded(int64_t n) { return (n + NR - 1) / NR * NR; }
+
+template <typename T>
+inline void prefetch(const T* row, int64_t dim) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d);
+}
+
+// A row of values into its place in the panels [width / NR, TILE, NR].
+template <typename T>
+inline void copy_row(const T* from, int64_t dim, float* to) {
+  int64_t d = 0;
+  for (; d + NR <= dim; d += NR, to += panel_stride(TILE)) {
+    store(to, load(from + d));
+    store(to + VL, load(from + d + VL));
+  }
+  for (int64_t i = 0; d + i < dim; ++i) to[i] = to_float(from[d + i]);
+}
+
+// VL rows become VL columns, by log2(VL) perfect shuffles of rows i and i + VL / 2.
+inline void transpose_square(vf* rows) {
+  vi low, high;
+  for (int i = 0; i < VL / 2; ++i) {
+    low[2 * i] = i;
+    low[2 * i + 1] = VL + i;
+    high[2 * i] = VL / 2 + i;
+    high[2 * i + 1] = VL + VL / 2 + i;
+  }
+  vf other[VL];
+  for (int width = 1; width < VL; width *= 2) {
+    for (int i = 0; i < VL / 2; ++i) {
+      other[2 * i] = __builtin_shuffle(rows[i], rows[i + VL / 2], low);
+      other[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + VL / 2], high);
+    }
+    for (int i = 0; i < VL; ++i) rows[i] = other[i];
+  }
+}
+
+// Keys [from, to) of a tile as columns of the panels [TILE / NR, dim, NR].
+template <typename T>
+void transpose(const T* const* keys, int64_t from, int64_t to, int64_t dim, float* out) {
+  for (int64_t j = from; j < to;) {
+    float* at = out + j / NR * panel_stride(dim) + j % NR;
+    if (j % VL != 0 || j + VL > to) {
+      for (int64_t d = 0; d < dim; ++d) at[d * NR] = to_float(keys[j][d]);
+      ++j;
+      continue;
+    }
+    int64_t d = 0;
+    for (; d + VL <= dim; d += VL) {
+      vf rows[VL];
+      for (int i = 0; i < VL; ++i) rows[i] = load(keys[j + i] + d);
+      transpose_square(rows);
+      for (int i = 0; i < VL; ++i) store(at + (d + i) * NR, rows[i]);
+    }
+    for (; d < dim; ++d) {
+      for (int i = 0; i < VL; ++i) at[d * NR + i] = to_float(keys[j + i][d]);
+    }
+    j += VL;
+  }
+}
+
+// Queries are (row, head) pairs: index row * group_count + head.
+template <typename T>
+void run(const Job& job, const Unit& unit, Scratch& s) {
+  const int64_t dim = job.dim, width = rounded(dim);
+  const int64_t count = int64_t(unit.num_rows) * unit.group_count;
+  const int64_t row_stride = job.kv_heads * dim;
+  const int64_t chunk_rows = job.cu_rows[unit.sequence + 1] - job.cu_rows[unit.sequence];
+  const int64_t chunk_start = job.context_lens[unit.sequence] - chunk_rows;
+  const int64_t first_position = chunk_start + unit.first_row;
+  const int64_t last_position = first_position + unit.num_rows - 1;
+  const int32_t* table = job.block_tables + unit.sequence * job.table_width;
+  const int64_t first_head = unit.kv_head * job.group + unit.group_start;
+  const int64_t base_row = job.cu_rows[unit.sequence] + unit.first_row;
+
+  s.queries.resize(count * dim);
+  s.transposed.resize(TILE / NR * panel_stride(dim));
+  s.values.resize(width / NR * panel_stride(TILE));
+  s.scores.resize(count * TILE);
+  s.sums.assign(count * width, 0.0f);
+  s.scores_max.assign(count, -std::numeric_limits<float>::infinity());
+  s.scores_sum.assign(count, 0.0f);
+  if (width != dim) std::fill(s.values.begin(), s.values.end(), 0.0f);
+
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = base_row + i / unit.group_count;
+    const float* from = job.q + row * job.q_stride + (first_head + i % unit.group_count) * dim;
+    for (int64_t d = 0; d < dim; ++d) s.queries[i * dim + d] = from[d] * job.scale;
+  }
+
+  const int64_t first_key = job.window ? std::max<int64_t>(0, first_position - job.window + 1) : 0;
+  for (int64_t tile = first_key / TILE * TILE; tile <= last_position; tile += TILE) {
+    const int64_t from = std::max(first_key, tile) - tile;
+    const int64_t to = std::min<int64_t>(TILE, last_position + 1 - tile);
+    const T* keys_at[TILE];
+    // Slots outside [from, to) may hold anything, even NaN: they are never read.
+    if (from > 0 || to < TILE) {
+      std::fill(s.transposed.begin(), s.transposed.end(), 0.0f);
+    }
+    int64_t block = (tile + from) / job.block_size;
+    int64_t offset = (tile + from) % job.block_size;
+    for (int64_t j = from; j < to; ++j) {
+      const int64_t slot = int64_t(table[block]) * job.block_size + offset;
+      const int64_t at = slot * row_stride + unit.kv_head * dim;
+      keys_at[j] = static_cast<const T*>(job.keys) + at;
+      prefetch(keys_at[j], dim);
+      copy_row(static_cast<const T*>(job.values) + at, dim, &s.values[j * NR]);
+      if (++offset == job.block_size) {
+        offset = 0;
+        ++block;
+      }
+    }
+    transpose<T>(keys_at, from, to, dim, s.transposed.data());
+
+    const int64_t num_panels = (to + NR - 1) / NR;
+    product(count, s.queries.data(), dim, s.transposed.data(), panel_stride(dim), dim, s.scores.data(),
+            TILE, num_panels, false);
+
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t position = first_position + i / unit.group_count;
+      const int64_t low = job.window ? std::max<int64_t>(0, position - job.window + 1 - tile) : 0;
+      const int64_t high = std::min<int64_t>(TILE - 1, position - tile);
+      float* scores = &s.scores[i * TILE];
+      if (job.soft_cap > 0) {
+        for (int j = 0; j < TILE; j += VL) {
+          store(scores + j, tanh(load(scores + j) / job.soft_cap) * job.soft_cap);
+        }
+      }
+      const float none = -std::numeric_limits<float>::infinity();
+      for (int64_t j = 0; j < std::min<int64_t>(low, TILE); ++j) scores[j] = none;
+      for (int64_t j = std::max<int64_t>(0, high + 1); j < TILE; ++j) scores[j] = none;
+      vf most = load(scores);
+      for (int j = VL; j < TILE; j += VL) most = max(most, load(scores + j));
+      const float before = s.scores_max[i];
+      const float now = std::max(before, max(most));
+      if (now == none) {
+        std::fill(scores, scores + TILE, 0.0f);
+        continue;
+      }
+      vf total = {};
+      for (int j = 0; j < TILE; j += VL) {
+        const vf x = load(scores + j);
+        const vf e = x == splat(none) ? vf{} : exp(x - now);
+        store(scores + j, e);
+        total += e;
+      }
+      if (now != before) {
+        const float shrink = before == none ? 0.0f : exp(splat(before - now))[0];
+        s.scores_sum[i] *= shrink;
+        for (int64_t d = 0; d < width; d += VL) {
+          store(&s.sums[i * width + d], load(&s.sums[i * width + d]) * shrink);
+        }
+        s.scores_max[i] = now;
+      }
+      s.scores_sum[i] += sum(total);
+    }
+
+    product(count, &s.scores[from], TILE, &s.values[from * NR], panel_stride(TILE), to - from,
+            s.sums.data(), width, width / NR, true);
+  }
+
+  const int64_t out_stride = job.kv_heads * job.group * dim;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = base_row + i / unit.group_count;
+    float* to = job.out + row * out_stride + (first_head + i % unit.group_count) * dim;
+    const float inverse = 1.0f / s.scores_sum[i];
+    for (int64_t d = 0; d < dim; ++d) to[d] = s.sums[i * width + d] * inverse;
+  }
+}
+
+// Longest units first, so that no thread starts a long one when the others are done.
+std::vector<Unit> cut(const Job& job, int64_t sequences) {
+  std::vector<Unit> units;
+  const int32_t group_count = int32_t(std::min<int64_t>(job.group, MAX_QUERIES));
+  const int32_t most_rows = std::max<int32_t>(1, MAX_QUERIES / group_count);
+  for (int32_t s = 0; s < sequences; ++s) {
+    const int32_t rows = job.cu_rows[s + 1] - job.cu_rows[s];
+    for (int32_t head = 0; head < job.kv_heads; ++head) {
+      for (int32_t row = 0; row < rows; row += most_rows) {
+        for (int32_t g = 0; g < job.group; g += group_count) {
+          units.push_back({s, row, std::min(most_rows, rows - row), head, g,
+                           std::min(group_count, int32_t(job.group) - g)});
+        }
+      }
+    }
+  }
+  const auto work = [&](const Unit& u) {
+    const int64_t rows = job.cu_rows[u.sequence + 1] - job.cu_rows[u.sequence];
+    return (job.context_lens[u.sequence] - rows + u.first_row + u.num_rows) * u.num_rows;
+  };
+  std::stable_sort(units.begin(), units.end(),
+                   [&](const Unit& a, const Unit& b) { return work(a) > work(b); });
+  return units;
+}
+
+template <typename T>
+void attend(const Job& job, int64_t sequences, int threads) {
+  const std::vector<Unit> units = cut(job, sequences);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    static thread_local Scratch scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < units.size(); ++i) run<T>(job, units[i], scratch);
+  }
+}
+
+}  // namespace
+}  // namespace baton
+
+extern "C" {
+
+// kv_type: 0 float32, 1 bfloat16, 2 float16. window 0 and soft_cap 0 mean none.
+void baton_attention(const float* q, int64_t q_stride, const void* keys, const void* values,
+                     int64_t kv_type, int64_t block_size, int64_t kv_heads, int64_t group,
+                     int64_t dim, const int32_t* block_tables, int64_t table_width,
+                     const int32_t* cu_rows, const int32_t* context_lens, int64_t sequences,
+                     float scale, int64_t window, float soft_cap, float* out, int64_t threads) {
+  const baton::Job job{q,        q_stride, keys,         values,      block_size,
+                       kv_heads, group,    dim,          block_tables, table_width,
+                       cu_rows,  context_lens, scale,    soft_cap,    window,
+                       out};
+  if (kv_type == 0) {
+    baton::attend<float>(job, sequences, int(threads));
+  } else if (kv_type == 1) {
+    baton::attend<baton::bf16>(job, sequences, int(threads));
+  } else {
+    baton::attend<baton::f16>(job, sequences, int(threads));
+  }
+}
+}
