@@ -27,9 +27,17 @@ class WorkerActor:
         parsed = msgspec.json.decode(spec, type=WorkerSpec)
         host = _on_this_node(parsed.host)
         self._instance = WorkerInstance(msgspec.structs.replace(parsed, host=host))
+        self._loaded: tuple[int, int] | None = None
 
     async def start(self) -> bytes:
-        return msgspec.json.encode(await self._instance.start())
+        def note(done_bytes: int, total_bytes: int) -> None:
+            self._loaded = (done_bytes, total_bytes)
+
+        return msgspec.json.encode(await self._instance.start(note))
+
+    async def loaded(self) -> tuple[int, int] | None:
+        """(bytes of weights loaded, bytes in all), once that has begun."""
+        return self._loaded
 
     async def wait(self) -> None:
         await self._instance.wait()

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 1.0
 READY_POLL_S = 0.05
-STILL_LOADING_S = 5.0
+STILL_LOADING_S = 2.0
 READY_TIMEOUT_S = 30.0
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 10.0
@@ -89,10 +89,16 @@ class Controller:
 
     async def _start_worker(self, spec: WorkerSpec) -> None:
         self._tell(f"{spec.worker_id} ({spec.pool.role}) loads {spec.model.path}")
-        starting = asyncio.ensure_future(self._launcher.start_worker(spec))
+        state = "is starting"
+
+        def loaded(done_bytes: int, total_bytes: int) -> None:
+            nonlocal state
+            state = f"has {done_bytes / total_bytes:.0%} of {total_bytes / 1e9:.1f} GB of weights"
+
+        starting = asyncio.ensure_future(self._launcher.start_worker(spec, loaded))
         try:
             while not (await asyncio.wait([starting], timeout=STILL_LOADING_S))[0]:
-                self._tell(f"{spec.worker_id} is still loading")
+                self._tell(f"{spec.worker_id} {state}")
         finally:
             starting.cancel()
         handle = await starting

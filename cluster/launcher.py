@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo, WorkerSpec
+
+Loaded = Callable[[int, int], None]
+"""(bytes of weights loaded, bytes in all), as far as is known; called on the event loop."""
 
 
 class WorkerHandle(Protocol):
@@ -44,7 +48,7 @@ class Launcher(Protocol):
 
     async def __aexit__(self, *exc: object) -> None: ...
 
-    async def start_worker(self, spec: WorkerSpec) -> WorkerHandle:
+    async def start_worker(self, spec: WorkerSpec, loaded: Loaded) -> WorkerHandle:
         """Raises ConfigError and other BatonErrors that starting the worker raised."""
         ...
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -20,12 +21,16 @@ from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo
 
 
 class Reply(msgspec.Struct, kw_only=True):
-    """``error`` is (code, message); else the answer is in the field that fits the command."""
+    """``error`` is (code, message); else the answer is in the field that fits the command.
+
+    loaded: (bytes of weights loaded, bytes in all); an answer is still to come.
+    """
 
     error: tuple[str, str] | None = None
     worker: WorkerInfo | None = None
     router: RouterInfo | None = None
     status: RouterStatus | None = None
+    loaded: tuple[int, int] | None = None
 
 
 class Command(msgspec.Struct, kw_only=True):
@@ -53,12 +58,26 @@ def _error(exc: BatonError) -> Reply:
     return Reply(error=(exc.code, exc.message))
 
 
+def _tell_loaded() -> Callable[[int, int], None]:
+    """One line per hundredth. Nothing else is written to standard output meanwhile."""
+    told = -1
+
+    def loaded(done_bytes: int, total_bytes: int) -> None:
+        nonlocal told
+        hundredth = 100 * done_bytes // total_bytes
+        if hundredth > told:
+            told = hundredth
+            _answer(Reply(loaded=(done_bytes, total_bytes)))
+
+    return loaded
+
+
 async def run_worker(stdin: asyncio.StreamReader) -> None:
     from cluster.instance import WorkerInstance
 
     instance = WorkerInstance(msgspec.json.decode(await stdin.readline(), type=WorkerSpec))
     try:
-        info = await instance.start()
+        info = await instance.start(_tell_loaded())
     except BatonError as exc:
         _answer(_error(exc))
         return

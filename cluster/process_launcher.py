@@ -16,6 +16,7 @@ import msgspec
 
 from baton.protocol.errors import InternalError, Unavailable, from_code
 from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo, WorkerSpec
+from cluster.launcher import Loaded
 from cluster.process import Command, Reply
 
 STOP_TIMEOUT_S = 5.0
@@ -32,8 +33,11 @@ class _Child:
     def pid(self) -> int:
         return self.process.pid
 
-    async def ask(self, line: bytes) -> Reply:
-        """Raises the child's BatonError, or Unavailable when the child is gone."""
+    async def ask(self, line: bytes, loaded: Loaded | None = None) -> Reply:
+        """Raises the child's BatonError, or Unavailable when the child is gone.
+
+        What it says of its loading on the way to an answer goes to ``loaded``.
+        """
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -41,12 +45,16 @@ class _Child:
             try:
                 stdin.write(line + b"\n")
                 await stdin.drain()
-                answer = await stdout.readline()
+                while answer := await stdout.readline():
+                    reply = msgspec.json.decode(answer, type=Reply)
+                    if reply.loaded is None:
+                        break
+                    if loaded is not None:
+                        loaded(*reply.loaded)
             except (BrokenPipeError, ConnectionResetError):
                 answer = b""
         if not answer:
             raise Unavailable(f"process {self.name} has ended; its log tells why", hop=self.name)
-        reply = msgspec.json.decode(answer, type=Reply)
         if reply.error is not None:
             raise from_code(*reply.error, hop=self.name)
         return reply
@@ -134,8 +142,9 @@ class ProcessLauncher:
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.gather(*(child.end() for child in self._children))
 
-    async def start_worker(self, spec: WorkerSpec) -> ProcessWorker:
-        child, reply = await self._start(spec.worker_id, "worker", msgspec.json.encode(spec))
+    async def start_worker(self, spec: WorkerSpec, loaded: Loaded) -> ProcessWorker:
+        line = msgspec.json.encode(spec)
+        child, reply = await self._start(spec.worker_id, "worker", line, loaded)
         if reply.worker is None:
             raise InternalError(f"{spec.worker_id} did not say where it is", hop="launcher")
         return ProcessWorker(child, reply.worker)
@@ -146,7 +155,9 @@ class ProcessLauncher:
             raise InternalError(f"{spec.router_id} did not say where it is", hop="launcher")
         return ProcessRouter(child, reply.router)
 
-    async def _start(self, name: str, kind: str, spec: bytes) -> tuple[_Child, Reply]:
+    async def _start(
+        self, name: str, kind: str, spec: bytes, loaded: Loaded | None = None
+    ) -> tuple[_Child, Reply]:
         with contextlib.ExitStack() as stack:
             stderr: BinaryIO | None = None
             if self._log_dir is not None:
@@ -163,4 +174,4 @@ class ProcessLauncher:
             )
         child = _Child(name, process)
         self._children.append(child)
-        return child, await child.ask(spec)
+        return child, await child.ask(spec, loaded)
