@@ -108,6 +108,9 @@ class PrefixCache:
                 settled.append(key)
         return settled
 
-    def check_integrity(self, running: set[str]) -> list[str]:
+    def check_integrity(self, running: set[str], awaited: list[BlockKey]) -> list[str]:
         lost = {s.seq_id for s in self._computing.values()} - running
-        return [f"{seq_id} is said to compute, but does not run" for seq_id in sorted(lost)]
+        problems = [f"{seq_id} is said to compute, but does not run" for seq_id in sorted(lost)]
+        if any(key not in self._computing for key in awaited):
+            problems.append("a waiting sequence waits for what nobody computes")
+        return problems

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from baton.engine.block_pool import BlockPool
 from baton.engine.host_swap import HostSwap
 from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
+from baton.engine.preemption import EngineRates
 from baton.engine.prefix_cache import NOTHING, PrefixCache
 from baton.engine.running_set import RunningSet
 from baton.engine.sequence import FinishReason, NewToken, SchedulerCounts, Sequence
@@ -92,6 +93,11 @@ class Scheduler:
     @property
     def num_steps(self) -> int:
         return self._num_steps
+
+    def set_rates(self, rates: EngineRates) -> None:
+        """What the shell measured before there were steps to measure."""
+        if self._swap is not None:
+            self._swap.rates = rates
 
     def get(self, seq_id: str) -> Sequence | None:
         return self._sequences.get(seq_id)
@@ -380,7 +386,7 @@ class Scheduler:
         for seq_id in set(self._sequences) - running - self._waiting.ids():
             problems.append(f"{seq_id} neither waits nor runs")
         if self._cache is not None:
-            problems += self._cache.check_integrity(running)
+            problems += self._cache.check_integrity(running, self._waiting.parked_at())
         if self._swap is not None:
             problems += self._swap.check_integrity()
         return problems

@@ -73,6 +73,9 @@ class WaitQueue:
             sequence, _ = self._parked.pop(seq_id)
             self._enter(sequence)
 
+    def parked_at(self) -> list[BlockKey]:
+        return list(self._parked_at)
+
     def ids(self) -> set[str]:
         return {*self._ready, *self._parked}
 

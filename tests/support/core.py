@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from typing import Literal
 
 from baton.engine.plan import SampledToken, StepPlan, StepResult
 from baton.protocol.config import EngineConfig, KvTransferConfig
@@ -25,6 +26,9 @@ def engine_config(
     max_num_batched_tokens: int = 16,
     growth_tokens: int = 8,
     watermark: float = 0.0,
+    prefix_cache: bool = True,
+    swap_blocks: int = 0,
+    prefill_mode: Literal["chunked", "layered"] = "chunked",
 ) -> EngineConfig:
     return EngineConfig(
         num_blocks=num_blocks,
@@ -33,6 +37,9 @@ def engine_config(
         max_num_batched_tokens=max_num_batched_tokens,
         growth_tokens=growth_tokens,
         watermark=watermark,
+        prefix_cache=prefix_cache,
+        swap_blocks=swap_blocks,
+        prefill_mode=prefill_mode,
     )
 
 
