@@ -52,8 +52,9 @@ class SequenceRules:
         self.biases: npt.NDArray[np.float32] = np.asarray(
             [bias for _, bias in params.logit_bias], dtype=np.float32
         )
-        self._allowed = _ints(params.allowed_token_ids)
         self._bad = _ints(params.bad_token_ids)
+        allowed = _ints(params.allowed_token_ids)
+        self._allowed = allowed[~np.isin(allowed, self._bad)]
         self._ends = _ints([*eos_token_ids, *params.stop_token_ids]) if params.min_tokens else _NONE
         self._bad_after: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         """By the token before the forbidden one: all tokens before it, and itself."""
@@ -82,18 +83,22 @@ class SequenceRules:
         """
         ends = self._ends if len(output_ids) < self._params.min_tokens else _NONE
         behind = self._bad_behind(output_ids)
-        for forbidden in ((self._bad, ends, behind), (self._bad, ends), (self._bad,)):
-            bad = np.concatenate(forbidden)
-            if not len(self._allowed):
-                if len(bad) < vocab_size or len(np.unique(bad)) < vocab_size:
-                    return None, bad
-            elif not len(bad):
-                return self._allowed, _NONE
-            else:
+        if len(self._allowed):
+            return self._allowed_but(ends, behind), _NONE
+        for more in ((ends, behind), (ends,)):
+            bad = np.concatenate([self._bad, *more])
+            if len(bad) < vocab_size or len(np.unique(bad)) < vocab_size:
+                return None, bad
+        return None, self._bad
+
+    def _allowed_but(self, ends: Ints, behind: Ints) -> Ints:
+        """``allowed_token_ids`` without ``bad_token_ids`` are some: validated."""
+        for bad in (np.concatenate([ends, behind]), ends):
+            if len(bad):
                 left = self._allowed[~np.isin(self._allowed, bad)]
                 if len(left):
-                    return left, _NONE
-        raise AssertionError("validated: allowed_token_ids has more than bad_token_ids")
+                    return left
+        return self._allowed
 
     def _bad_behind(self, output_ids: Sequence[int]) -> Ints:
         if not self._bad_after or not output_ids:
