@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from baton.engine.block_pool import BlockPool
+from baton.engine.plan import FailedSequence
 from baton.engine.scheduler import NewToken, Scheduler, Sequence
 from baton.protocol.config import EngineConfig
 from baton.protocol.ids import RequestId, transfer_id
@@ -28,7 +29,10 @@ from baton.protocol.messages import (
 from baton.worker.admission import refusal
 from baton.worker.desk import RouterDesk
 from baton.worker.events import (
+    CompileGrammar,
     FromPeer,
+    GrammarFailed,
+    GrammarReady,
     RunStep,
     ShellFacts,
     StepDone,
@@ -36,6 +40,7 @@ from baton.worker.events import (
     StepWanted,
     Tick,
 )
+from baton.worker.grammar_gate import GrammarGate
 from kv_transfer.frames import RAW
 from kv_transfer.instructions import Arrived, ReceiveInstruction, ToPrefill
 from kv_transfer.receiver import Receiver
@@ -89,6 +94,7 @@ class DecodeDecider:
         self._receiver = receiver
         self._vocab_size = vocab_size
         self._desk = RouterDesk(worker_id, incarnation, role, self._holds)
+        self._gate = GrammarGate()
         self._jobs: dict[str, _Job] = {}
 
     @property
@@ -113,9 +119,16 @@ class DecodeDecider:
             case StepWanted():
                 return self._step(now)
             case StepDone(result):
-                return self._book(self._scheduler.complete(result), now)
+                failed = [i for f in result.failed for i in self._cannot_go_on(f)]
+                return [*failed, *self._book(self._scheduler.complete(result), now)]
             case StepRaised(reason):
                 return self._step_raised(reason)
+            case GrammarReady(constraint):
+                for sequence in self._gate.open(constraint):
+                    self._run(sequence)
+                return []
+            case GrammarFailed():
+                return self._grammar_failed(event)
             case Tick():
                 return self._tick(now)
         raise AssertionError(f"unknown event {event!r}")
@@ -150,29 +163,32 @@ class DecodeDecider:
         if code:
             return [self._desk.failed(body, code, reason, retryable=retryable)]
         self._jobs[seq_id] = _Job(body, now, now + body.deadline_in_s)
-        self._scheduler.add(
-            Sequence(
-                seq_id,
-                body.prompt_ids,
-                list(body.output_ids),
-                body.sampling,
-                body.priority,
-                tenant=body.tenant,
-            )
+        sequence = Sequence(
+            seq_id,
+            body.prompt_ids,
+            list(body.output_ids),
+            body.sampling,
+            body.priority,
+            tenant=body.tenant,
         )
+        if body.sampling.constraint is not None:
+            return [*self._gate.hold(sequence)]
+        self._scheduler.add(sequence)
         return []
 
     def _reserve(self, peer_key: str, ask: Reserve, now: float) -> list[object]:
         self._desk.seen(ask.body.router_id, now)
         transfer = ask.transfer_id
-        if self._scheduler.get(transfer) is not None:
+        if self._scheduler.get(transfer) is not None or transfer in self._gate:
             return []
         code, reason, retryable = self._refusal(ask.body)
         if not code and transfer != transfer_id(RequestId(ask.body.request_id), ask.body.attempt):
             code, reason = "invalid_request", "the transfer id does not belong to the request"
         if code:
             return [ToPrefill(peer_key, Denied(transfer, code, reason, retryable))]
-        return [*self._receiver.reserve(peer_key, ask, now)]
+        constraint = ask.body.sampling.constraint
+        early = [] if constraint is None else [CompileGrammar(constraint)]
+        return [*early, *self._receiver.reserve(peer_key, ask, now)]
 
     def _refusal(self, body: RequestBody) -> tuple[str, str, bool]:
         """(code, message, retryable); the code is "" for a request that can run here."""
@@ -194,7 +210,27 @@ class DecodeDecider:
 
     def _drop(self, seq_id: str) -> None:
         del self._jobs[seq_id]
-        self._scheduler.drop(seq_id)
+        held = self._gate.drop(seq_id)
+        if held is None:
+            self._scheduler.drop(seq_id)
+        else:
+            self._pool.release(seq_id, held.block_table)
+
+    def _run(self, sequence: Sequence) -> None:
+        if sequence.block_table:
+            self._scheduler.add_computed(sequence)
+        else:
+            self._scheduler.add(sequence)
+
+    def _grammar_failed(self, failed: GrammarFailed) -> list[object]:
+        instructions: list[object] = []
+        for sequence in self._gate.open(failed.constraint):
+            self._pool.release(sequence.seq_id, sequence.block_table)
+            body = self._jobs.pop(sequence.seq_id).body
+            instructions.append(
+                self._desk.failed(body, failed.code, failed.message, retryable=failed.retryable)
+            )
+        return instructions
 
     # --- transfers ----------------------------------------------------------------------
 
@@ -202,7 +238,8 @@ class DecodeDecider:
         """Preempted sequences come back before anything new is let in."""
         if self._scheduler.num_waiting:
             return []
-        seats = self._config.max_num_seqs - self._scheduler.num_running
+        taken = self._scheduler.num_running + self._gate.num_with_blocks
+        seats = self._config.max_num_seqs - taken
         return [*self._receiver.grant(seats, now)]
 
     def _received(self, instructions: list[ReceiveInstruction], now: float) -> list[object]:
@@ -232,18 +269,19 @@ class DecodeDecider:
             transport="zeromq",
         )
         self._jobs[arrived.transfer_id] = job
-        self._scheduler.add_computed(
-            Sequence(
-                arrived.transfer_id,
-                body.prompt_ids,
-                outputs,
-                body.sampling,
-                body.priority,
-                tenant=body.tenant,
-                block_table=tuple(arrived.blocks),
-                num_computed=len(body.prompt_ids) + len(body.output_ids),
-            )
+        sequence = Sequence(
+            arrived.transfer_id,
+            body.prompt_ids,
+            outputs,
+            body.sampling,
+            body.priority,
+            tenant=body.tenant,
+            block_table=tuple(arrived.blocks),
+            num_computed=len(body.prompt_ids) + len(body.output_ids),
         )
+        if body.sampling.constraint is not None:
+            return [*self._gate.hold(sequence)]
+        self._scheduler.add_computed(sequence)
         return []
 
     # --- steps --------------------------------------------------------------------------
@@ -295,6 +333,14 @@ class DecodeDecider:
         if new.finish_reason:
             del self._jobs[sequence.seq_id]
 
+    def _cannot_go_on(self, failed: FailedSequence) -> list[object]:
+        """Before the step is booked: what was drawn for the sequence must not be."""
+        job = self._jobs.get(failed.seq_id)
+        if job is None:
+            return []
+        self._drop(failed.seq_id)
+        return [self._desk.failed(job.body, failed.code, failed.message, retryable=False)]
+
     def _step_raised(self, reason: str) -> list[object]:
         return [
             self._desk.step_failed(self._jobs.pop(sequence.seq_id).body, reason)
@@ -328,7 +374,7 @@ class DecodeDecider:
             incarnation=self._incarnation,
             role=self._role,
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + len(self._gate),
             num_waiting_tokens=scheduler.num_waiting_tokens,
             num_blocks=self._pool.num_blocks,
             num_free_blocks=self._pool.num_free,

@@ -50,6 +50,7 @@ class DecodeService:
             describe=self._describe,
             perform=self._perform,
             facts=self._facts,
+            grammars=executor.grammars,
         )
         self._puller = KvPuller(self._context, self._on_frame, self._on_end)
         self._kv_address = ""

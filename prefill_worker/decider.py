@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from baton.engine.block_pool import BlockPool
-from baton.engine.plan import StepPlan
+from baton.engine.plan import FailedSequence, StepPlan
 from baton.engine.scheduler import NewToken, Scheduler, Sequence
 from baton.protocol.ids import RequestId, transfer_id
 from baton.protocol.messages import (
@@ -28,6 +28,8 @@ from baton.worker.admission import refusal
 from baton.worker.desk import RouterDesk
 from baton.worker.events import (
     FromPeer,
+    GrammarFailed,
+    GrammarReady,
     RunStep,
     ShellFacts,
     StepDone,
@@ -35,6 +37,7 @@ from baton.worker.events import (
     StepWanted,
     Tick,
 )
+from baton.worker.grammar_gate import GrammarGate
 from kv_transfer.instructions import SendClosed, SendInstruction
 from kv_transfer.sender import Sender, owner_name
 
@@ -86,6 +89,7 @@ class PrefillDecider:
         self._sender = sender
         self._vocab_size = vocab_size
         self._desk = RouterDesk(worker_id, incarnation, ROLE, self._holds)
+        self._gate = GrammarGate()
         self._jobs: dict[str, _Job] = {}
         self._plan: StepPlan | None = None
 
@@ -109,9 +113,16 @@ class PrefillDecider:
                 return self._step(now)
             case StepDone(result):
                 assert self._plan is not None
-                return self._book(self._plan, self._scheduler.complete(result), now)
+                failed = [i for f in result.failed for i in self._cannot_go_on(f, now)]
+                return [*failed, *self._book(self._plan, self._scheduler.complete(result), now)]
             case StepRaised(reason):
                 return self._step_raised(reason, now)
+            case GrammarReady(constraint):
+                for sequence in self._gate.open(constraint):
+                    self._scheduler.add(sequence)
+                return []
+            case GrammarFailed():
+                return self._grammar_failed(event)
             case Tick():
                 return self._tick(now)
         raise AssertionError(f"unknown event {event!r}")
@@ -158,16 +169,17 @@ class PrefillDecider:
         if reason:
             return [self._desk.failed(body, "invalid_request", reason, retryable=False)]
         self._jobs[seq_id] = _Job(body, decode, now, now + body.deadline_in_s)
-        self._scheduler.add(
-            Sequence(
-                seq_id,
-                body.prompt_ids,
-                list(body.output_ids),
-                body.sampling,
-                body.priority,
-                tenant=body.tenant,
-            )
+        sequence = Sequence(
+            seq_id,
+            body.prompt_ids,
+            list(body.output_ids),
+            body.sampling,
+            body.priority,
+            tenant=body.tenant,
         )
+        if body.sampling.constraint is not None:
+            return [*self._gate.hold(sequence)]
+        self._scheduler.add(sequence)
         return []
 
     def _abort(self, request_id: str, attempt: int, now: float) -> list[object]:
@@ -181,8 +193,20 @@ class PrefillDecider:
 
     def _drop(self, seq_id: str, now: float) -> list[object]:
         del self._jobs[seq_id]
-        self._scheduler.drop(seq_id)
+        if self._gate.drop(seq_id) is None:
+            self._scheduler.drop(seq_id)
         return [*self._sender.cancel(seq_id, now)]
+
+    def _grammar_failed(self, failed: GrammarFailed) -> list[object]:
+        return [
+            self._desk.failed(
+                self._jobs.pop(sequence.seq_id).body,
+                failed.code,
+                failed.message,
+                retryable=failed.retryable,
+            )
+            for sequence in self._gate.open(failed.constraint)
+        ]
 
     # --- steps --------------------------------------------------------------------------
 
@@ -249,6 +273,14 @@ class PrefillDecider:
             *self._sent(self._sender.prefill_done(seq_id, (new.token_id,), now), now),
         ]
 
+    def _cannot_go_on(self, failed: FailedSequence, now: float) -> list[object]:
+        """Before the step is booked: what was drawn for the sequence must not be."""
+        job = self._jobs.get(failed.seq_id)
+        if job is None:
+            return []
+        said = self._desk.failed(job.body, failed.code, failed.message, retryable=False)
+        return [*self._drop(failed.seq_id, now), said]
+
     def _step_raised(self, reason: str, now: float) -> list[object]:
         instructions: list[object] = []
         for sequence in self._scheduler.abandon_step():
@@ -301,7 +333,7 @@ class PrefillDecider:
             incarnation=self._incarnation,
             role=ROLE,
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + len(self._gate),
             num_waiting_tokens=scheduler.num_waiting_tokens,
             num_blocks=self._pool.num_blocks,
             num_free_blocks=self._pool.num_free,

@@ -49,6 +49,7 @@ class PrefillService:
             describe=self._describe,
             perform=self._perform,
             facts=self._facts,
+            grammars=executor.grammars,
         )
         self._links = DecodeLinks(
             self._context,

@@ -274,8 +274,7 @@ class Executor:
         ]
         masks = self._masks.fill(rows)
         sampled = self._sampler.sample(logits, rows, masks)
-        failed = {f.seq_id for f in masks.failed}
-        return tuple(s for s in sampled if s.seq_id not in failed), masks.failed
+        return sampled, masks.failed
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -97,7 +97,7 @@ class FailedSequence:
 class StepResult:
     """``sampled`` in the order of the plan's chunks that sample; ``prompt_logprobs`` of the
     chunks that asked for them and predict a prompt token. failed: sequences that cannot go on;
-    what was drawn for them is not in ``sampled``. compute_seconds: the forward pass;
+    what ``sampled`` has of them means nothing. compute_seconds: the forward pass;
     the copies of swaps are apart."""
 
     step: int

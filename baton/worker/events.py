@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.engine.plan import StepPlan, StepResult
+from baton.protocol.constraint import Constraint
 from baton.protocol.messages import AnyMessage, LoadReport, Message
 
 
@@ -35,6 +36,23 @@ class StepRaised:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarReady:
+    """Sequences with this constraint may be scheduled."""
+
+    constraint: Constraint
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarFailed:
+    """``code``: of a BatonError."""
+
+    constraint: Constraint
+    code: str
+    message: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passes; a few times a second."""
 
@@ -42,6 +60,13 @@ class Tick:
 @dataclass(frozen=True, slots=True)
 class RunStep:
     plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class CompileGrammar:
+    """Answered by GrammarReady or GrammarFailed, also where it was compiled before."""
+
+    constraint: Constraint
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,13 @@ from typing import Protocol
 import zmq.asyncio
 
 from baton.engine.plan import StepPlan, StepResult
+from baton.engine.structured.store import GrammarStore
 from baton.messaging.server import MessageServer, Peer
 from baton.protocol.clock import Clock
 from baton.protocol.errors import RankLost
 from baton.protocol.messages import AnyMessage, Hello, HelloReply
 from baton.worker.events import (
+    CompileGrammar,
     Decider,
     FromPeer,
     RunStep,
@@ -30,6 +32,7 @@ from baton.worker.events import (
     Tick,
     ToRouter,
 )
+from baton.worker.grammars import GrammarCompiler
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class WorkerShell:
         describe: Callable[[Hello, int], HelloReply],
         perform: Callable[[object], None],
         facts: Callable[[], ShellFacts],
+        grammars: GrammarStore,
     ) -> None:
         self._decider = decider
         self._engine = engine
@@ -63,6 +67,7 @@ class WorkerShell:
         self._facts = facts
         self._server = MessageServer(context, describe, self._on_message)
         self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._grammars = GrammarCompiler(grammars, self.feed)
         self._plans: asyncio.Queue[StepPlan] = asyncio.Queue(1)
         self._step_is_wanted = False
 
@@ -77,6 +82,7 @@ class WorkerShell:
                 group.create_task(self._server.run(), name="messages")
                 group.create_task(self._run_steps(), name="steps")
                 group.create_task(self._tick(), name="ticks")
+                group.create_task(self._grammars.run(), name="grammars")
         finally:
             self._engine_thread.shutdown(wait=True)
 
@@ -92,6 +98,8 @@ class WorkerShell:
             match instruction:
                 case ToRouter(router_id, message):
                     self._server.send_to(router_id, message)
+                case CompileGrammar(constraint):
+                    self._grammars.request(constraint)
                 case RunStep(plan):
                     self._plans.put_nowait(plan)
                 case _:

@@ -5,7 +5,8 @@ and a thread inside it cannot be stopped. So every new constraint is tried here 
 process of its own with a limit of CPU time and of memory that the kernel enforces: it dies, and
 the worker says no.
 
-One JSON line in (``{"kind", "text"}``), one out (``{"error"}``, empty when all is well). The end
+One JSON line in (``{"kind", "text"}``), one out (``{"code", "message"}``, both
+empty when all is well). The end
 of the input is the end of the process.
 """
 
@@ -40,17 +41,17 @@ def main(arguments: list[str]) -> None:
     tokenizer: llguidance.LLTokenizer | None = None
     for line in sys.stdin.buffer:
         constraint = Constraint(**json.loads(line))
-        error = ""
+        code, message = "", ""
         try:
             tokenizer = tokenizer or vocabulary.load()
             # The default action of this signal ends the process, whatever it is doing.
             signal.setitimer(signal.ITIMER_PROF, seconds)
             try_out(tokenizer, constraint)
         except BatonError as exc:
-            error = exc.message
+            code, message = exc.code, exc.message
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps({"error": error}), flush=True)
+        print(json.dumps({"code": code, "message": message}), flush=True)
 
 
 def try_out(tokenizer: llguidance.LLTokenizer, constraint: Constraint) -> None:
