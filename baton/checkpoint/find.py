@@ -6,13 +6,18 @@ import importlib.resources
 from pathlib import Path
 
 from baton.checkpoint.fields import read_json_object, show
-from baton.protocol.errors import ConfigError
+from baton.protocol.errors import ConfigError, UnsupportedModel
 
 BUNDLE_PACKAGE = "deploy"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 SINGLE_WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+PIPELINE_FILE = "model_index.json"
 INDEX_FILE = "model.safetensors.index.json"
+
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_SHOWN_NAMES = 3
 
 
 def resolve(path_or_name: str) -> Path:
@@ -25,11 +30,32 @@ def resolve(path_or_name: str) -> Path:
         folder = local.resolve()
     else:
         folder = _bundled(path_or_name, looked_at=local)
+    _refuse_other_kinds(folder)
     for name in (CONFIG_FILE, TOKENIZER_FILE):
         if not (folder / name).is_file():
             raise ConfigError(f"model folder {folder}: {name} is missing", param="model.path")
     weight_files(folder)
     return folder
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Folders that look like a checkpoint and are something else, by the file that tells."""
+    adapter = folder / ADAPTER_FILE
+    if adapter.is_file():
+        base = show(read_json_object(adapter).get("base_model_name_or_path"))
+        raise UnsupportedModel(
+            f"model folder {folder}: {ADAPTER_FILE} makes it an adapter of {base}; supported: "
+            "whole models (merge it into its base first, with merge_and_unload of peft)",
+            param="model.path",
+        )
+    pipeline = folder / PIPELINE_FILE
+    if pipeline.is_file() and not (folder / CONFIG_FILE).is_file():
+        parts = show(read_json_object(pipeline).get("_class_name"))
+        raise UnsupportedModel(
+            f"model folder {folder}: {PIPELINE_FILE} makes it a pipeline ({parts}) of several "
+            "models; supported: the folder of one text decoder",
+            param="model.path",
+        )
 
 
 def bundled_models_folder() -> Path | None:
@@ -77,9 +103,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return _indexed_files(folder, index)
     found = tuple(sorted(f for f in folder.glob("*.safetensors") if f.is_file()))
     if not found:
+        others = sorted(f.name for f in folder.iterdir() if f.suffix in _OTHER_FORMATS)
+        seen = f"; there is {', '.join(others[:_SHOWN_NAMES])}" if others else ""
         raise ConfigError(
             f"model folder {folder}: no weights: neither {SINGLE_WEIGHTS_FILE} nor {INDEX_FILE} "
-            "nor any other *.safetensors (convert other formats to safetensors first)",
+            f"nor any other *.safetensors (convert other formats to safetensors first){seen}",
             param="model.path",
         )
     return found

@@ -78,6 +78,8 @@ def read_parameters(
     config: Fields, scaling: Fields, default_theta: float, context: RopeContext
 ) -> RopeSpec:
     """``scaling``: one set of RoPE parameters; ``config`` may say some of them outside it."""
+    if scaling.has("mrope_section"):
+        scaling.unsupported("mrope_section", "one position per token (decoders of text alone)")
     theta = scaling.number("rope_theta", 1.0, MAX_THETA, default=default_theta)
     rotary_dim = _read_rotary_dim(config, scaling, context)
     name = "rope_type" if scaling.has("rope_type") else "type"

@@ -170,6 +170,9 @@ def _read_family(config: Fields) -> tuple[str, Family]:
 
 def _refuse_unsupported(config: Fields) -> None:
     """Fields that would change the arithmetic, whatever the architecture says."""
+    quantization = config.inner("quantization_config")
+    if quantization is not None and quantization.has("quant_method"):
+        quantization.unsupported("quant_method", _NOT_QUANTISED)
     for name, supported in _REFUSED.items():
         if config.values.get(name):
             config.unsupported(name, supported)

@@ -28,6 +28,15 @@ MAX_MAPPED_BYTES = 128 * 2**20
 _LOADABLE = (torch.float32, torch.bfloat16, torch.float16)
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 _SHOWN_NAMES = 5
+_FOREIGN = {
+    ("qweight", "qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "absmax"): (
+        "it belongs to quantised weights: take the checkpoint that this one was made from"
+    ),
+    ("lora_A", "lora_B", "lora_magnitude_vector"): (
+        "it belongs to a LoRA adapter: merge adapters into the weights first"
+    ),
+}
+"""What a part of a tensor's name tells about it."""
 
 
 def load_parameters(
@@ -60,6 +69,8 @@ def load_parameters(
                     if _is_ignored(name, spec):
                         continue
                     _refuse(path, name, spec)
+                if name in filled:
+                    raise ConfigError(f"{path}: {name} is also in another file", param=name)
                 _check(path, name, source, whole[name])
                 _fill(source, wanted[name], whole[name], shard)
                 filled.add(name)
@@ -126,10 +137,12 @@ def _is_ignored(name: str, spec: ModelSpec) -> bool:
 
 
 def _refuse(path: Path, name: str, spec: ModelSpec) -> NoReturn:
+    parts = set(name.split("."))
+    hints = [hint for marks, hint in _FOREIGN.items() if parts & set(marks)]
+    hint = hints[0] if hints else "do config.json and weights come from the same folder?"
     raise UnsupportedModel(
         f"{path}: {name} has no place in a {spec.architecture} as config.json describes it; "
-        "supported: checkpoints of exactly the tensors that the config implies "
-        "(merge adapters into the weights first)",
+        f"supported: checkpoints of exactly the tensors that the config implies ({hint})",
         param=name,
     )
 

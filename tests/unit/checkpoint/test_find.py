@@ -8,7 +8,7 @@ import pytest
 
 import deploy
 from baton.checkpoint.find import bundled_model_names, resolve, weight_files
-from baton.protocol.errors import ConfigError
+from baton.protocol.errors import ConfigError, UnsupportedModel
 from tests.support.tiny_checkpoint import TINY_LLAMA, write_checkpoint, write_config
 
 
@@ -65,6 +65,27 @@ def test_a_folder_without_weights_names_what_would_do(tmp_path: Path) -> None:
     folder = write_config(tmp_path, TINY_LLAMA)
     (folder / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"model\.safetensors nor model\.safetensors\.index"):
+        resolve(str(folder))
+
+
+def test_an_adapter_is_named_with_its_base(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.2-1B"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(UnsupportedModel, match=r'adapter of "meta-llama/Llama-3.2-1B".* merge'):
+        resolve(str(folder))
+
+
+def test_a_pipeline_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UnsupportedModel, match=r'model_index.json .*"FluxPipeline".* one text'):
+        resolve(str(tmp_path))
+
+
+def test_other_formats_are_listed(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, TINY_LLAMA)
+    (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"convert .* there is model-Q4_K_M\.gguf"):
         resolve(str(folder))
 
 

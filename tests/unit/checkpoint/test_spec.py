@@ -112,7 +112,12 @@ def test_end_ids_of_both_files(tmp_path: Path) -> None:
         (TINY_LLAMA, "architectures", ["MambaForCausalLM"]),
         (TINY_LLAMA, "model_type", "mixtral"),
         (TINY_LLAMA, "hidden_act", "gelu"),
-        (TINY_LLAMA, "quantization_config", {"quant_method": "awq"}),
+        (TINY_LLAMA, "quantization_config", {"bits": 4}),
+        (TINY_LLAMA, "compression_config", {"format": "int-quantized"}),
+        (TINY_LLAMA, "is_encoder_decoder", True),
+        (TINY_LLAMA, "use_bidirectional_attention", True),
+        (TINY_LLAMA, "vision_config", {"hidden_size": 8}),
+        (TINY_LLAMA, "block_configs", [{"attention": {"n_heads_in_group": 4}}]),
         (TINY_LLAMA, "torch_dtype", "float8_e4m3fn"),
         (TINY_LLAMA, "num_key_value_heads", 3),
         (TINY_LLAMA, "hidden_size", 34),
@@ -137,9 +142,19 @@ def test_what_cannot_be_run_is_named(
     assert "config.json" in str(caught.value)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors"])
+def test_quantised_checkpoints_are_named_by_method(method: str, tmp_path: Path) -> None:
+    quantization = {"bits": 4, "modules_to_not_convert": ["lm_head"] * 50, "quant_method": method}
+    with pytest.raises(UnsupportedModel) as caught:
+        load(tmp_path, TINY_LLAMA, quantization_config=quantization)
+    assert f'quantization_config: quant_method is "{method}"; supported: ' in str(caught.value)
+    assert "take the checkpoint that this one was made from" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("field", "scaling"),
     [
+        ("mrope_section", {"rope_type": "default", "mrope_section": [8, 4, 4]}),
         ("rope_type", {"rope_type": "proportional", "factor": 4.0}),
         ("type", {"type": "mrope", "factor": 4.0}),
         ("full_attention", {"full_attention": {"rope_type": "default"}}),
@@ -201,6 +216,7 @@ def test_a_missing_field_is_named(base: dict[str, Any], field: str, tmp_path: Pa
         ("layer_types", ["full_attention"]),
         ("torch_dtype", 16),
         ("head_dim", 4096),
+        ("head_dim", [64, 128]),
     ],
 )
 def test_a_malformed_field_is_named(field: str, value: Any, tmp_path: Path) -> None:

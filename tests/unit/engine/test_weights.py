@@ -101,6 +101,30 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
         load(write_checkpoint(tmp_path, weights=weights))
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("model.layers.0.self_attn.q_proj.qweight", "take the checkpoint that this one was made"),
+        ("model.layers.0.mlp.up_proj.lora_A.weight", "merge adapters into the weights first"),
+        ("model.layers.7.mlp.up_proj.weight", "come from the same folder"),
+    ],
+)
+def test_a_foreign_tensor_tells_where_it_comes_from(name: str, hint: str, tmp_path: Path) -> None:
+    weights = tiny_weights(TINY_LLAMA) | {name: torch.zeros(8)}
+    with pytest.raises(UnsupportedModel, match=hint) as caught:
+        load(write_checkpoint(tmp_path, weights=weights))
+    assert caught.value.param == name
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    weights = tiny_weights(TINY_LLAMA)
+    write_config(tmp_path, TINY_LLAMA)
+    save_file(weights, tmp_path / "a.safetensors")
+    save_file({V_PROJ: weights[V_PROJ]}, tmp_path / "b.safetensors")
+    with pytest.raises(ConfigError, match=r"b\.safetensors: .*v_proj.* is also in another file"):
+        load(tmp_path)
+
+
 def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
     weights = tiny_weights(TINY_LLAMA)
     weights[V_PROJ] = weights[V_PROJ].T.contiguous()
