@@ -7,7 +7,7 @@ when, was decided before a plan arrives here.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,8 +27,9 @@ from baton.engine.parallel.ranks import STEP_DEADLINE_S, Ranks
 from baton.engine.parallel.shard import allowed_sizes, part_of, refusals
 from baton.engine.plan import FailedSequence, SampledToken, SequenceChunk, StepPlan, StepResult
 from baton.engine.sampler import Sampler
+from baton.engine.sampling.prompt_logprobs import PromptScorer
 from baton.engine.sampling.rows import SampleRow
-from baton.engine.step_inputs import StepInputs, StepShape, build_inputs
+from baton.engine.step_inputs import StepShape, build_inputs
 from baton.engine.structured.grammar import Vocabulary
 from baton.engine.structured.masks import GrammarMasks
 from baton.engine.structured.store import GrammarStore
@@ -205,9 +206,12 @@ class Executor:
         self._sampler.forget(plan.gone)
         self._masks.forget(plan.gone)
         sampling = [c for c in plan.chunks if c.samples]
-        logits = self._logits(plan)
+        scorer = PromptScorer(plan.chunks)
+        logits = self._logits(plan, scorer.add)
+        prompt_logprobs = scorer.parts()
         sampled, failed = self._sample(logits, sampling) if sampling else ((), ())
-        return StepResult(plan.step, sampled, time.perf_counter() - began, failed=failed)
+        seconds = time.perf_counter() - began
+        return StepResult(plan.step, sampled, seconds, prompt_logprobs, failed=failed)
 
     @torch.inference_mode()
     def forward_logits(self, plan: StepPlan) -> Tensor:
@@ -249,16 +253,13 @@ class Executor:
         place = self._ranks.range(block_table, start, num_tokens, layer_start, num_layers)
         self._ranks.ask([WriteKv(place, part) for part in others])
 
-    def _logits(self, plan: StepPlan) -> Tensor:
+    def _logits(self, plan: StepPlan, score: Callable[[Tensor], None] | None = None) -> Tensor:
         inputs = build_inputs(plan, self._shape)
         if self._ranks is None:
-            return self._forward(inputs)
+            return self._decoder.forward(inputs, self._cache, score)
         # Only what this rank takes for a plan goes to the others.
         with self._ranks.step(plan):
-            return self._forward(inputs)
-
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        return self._decoder.forward(inputs, self._cache)
+            return self._decoder.forward(inputs, self._cache, score)
 
     def _sample(
         self, logits: Tensor, chunks: Sequence[SequenceChunk]

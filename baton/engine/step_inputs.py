@@ -7,7 +7,7 @@ forward pass; results go back in plan order through ``sample_rows``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from baton.engine.kv_cache import slots_of
 from baton.engine.plan import SequenceChunk, StepPlan
+from baton.engine.sampling.prompt_logprobs import num_scored
 from baton.protocol.errors import InternalError
 
 
@@ -25,7 +26,8 @@ class StepInputs:
     """T rows of S sequences, of which the first ``num_decodes`` have one row each.
 
     token_ids, positions, slots: ``[T]`` int64. sample_rows: in plan order, the last row of each
-    chunk that samples. block_tables: ``[S, M]`` int32, 0 past a sequence's blocks.
+    chunk that samples. score_rows: in plan order, the rows whose logits score prompt tokens.
+    block_tables: ``[S, M]`` int32, 0 past a sequence's blocks.
     cu_seqlens_q: ``[S + 1]`` int32, where each sequence's rows begin. cu_seqlens_prefill: the
     same of the longer chunks alone, counted from their first row. context_lens: ``[S]`` int32,
     tokens of a sequence up to its last row.
@@ -35,6 +37,7 @@ class StepInputs:
     positions: Tensor
     slots: Tensor
     sample_rows: Tensor
+    score_rows: Tensor
     block_tables: Tensor
     cu_seqlens_q: Tensor
     cu_seqlens_prefill: Tensor
@@ -71,12 +74,22 @@ def build_inputs(plan: StepPlan, shape: StepShape) -> StepInputs:
         positions=tensor(_positions(chunks, ends, num_decodes), np.int64),
         slots=tensor(_slots(chunks, ends, tables, num_decodes, shape.block_size), np.int64),
         sample_rows=tensor([last_rows[c.seq_id] for c in plan.chunks if c.samples], np.int64),
+        score_rows=tensor(_score_rows(plan, last_rows), np.int64),
         block_tables=tensor(tables, np.int32),
         cu_seqlens_q=tensor(bounds, np.int32),
         cu_seqlens_prefill=tensor(bounds[num_decodes:] - num_decodes, np.int32),
         context_lens=tensor(ends, np.int32),
         num_decodes=num_decodes,
     )
+
+
+def _score_rows(plan: StepPlan, last_rows: Mapping[str, int]) -> list[int]:
+    rows: list[int] = []
+    for chunk in plan.chunks:
+        if chunk.num_prompt_logprobs >= 0:
+            first = last_rows[chunk.seq_id] - len(chunk.token_ids) + 1
+            rows += range(first, first + num_scored(chunk))
+    return rows
 
 
 def _tables(

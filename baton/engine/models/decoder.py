@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from baton.engine.models.model import DenseMlp, Layer, Model
 from baton.engine.parallel.group import ALONE, Group
 from baton.engine.rope import Rotary, Rotation
 from baton.engine.step_inputs import StepInputs
+
+SCORED_ROWS_AT_ONCE = 128
+"""So that the logits of a prompt with log-probabilities stay small beside the model."""
 
 
 class Decoder:
@@ -33,18 +38,29 @@ class Decoder:
         self._group = group
         self._rotary = Rotary(spec.ropes, spec.head_dim, device)
 
-    def forward(self, inputs: StepInputs, cache: KvCache) -> Tensor:
+    def forward(
+        self, inputs: StepInputs, cache: KvCache, score: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
         """Logits ``[S, vocab]`` float32 of ``inputs.sample_rows``; K and V of all rows are stored.
 
-        Rows that do not sample end before the final norm: nobody reads their logits. Rank 0
-        alone gets the logits.
+        Other rows end before the final norm, but for ``inputs.score_rows``: ``score`` gets
+        their logits, a few rows at a time. Rank 0 alone gets logits; the others compute
+        their part of the same rows.
         """
         hidden = self._embed(inputs.token_ids)
         turns = self._rotary.rotations(inputs.positions)
         for number, layer in enumerate(self._model.layers):
             hidden = self._attention(hidden, layer, number, turns[number], inputs, cache)
             hidden = self._mlp(hidden, layer)
-        last = self._norm(hidden.index_select(0, inputs.sample_rows), self._model.final_norm)
+        for first in range(0, len(inputs.score_rows), SCORED_ROWS_AT_ONCE):
+            rows = inputs.score_rows[first : first + SCORED_ROWS_AT_ONCE]
+            logits = self._logits(hidden, rows)
+            if score is not None:
+                score(logits)
+        return self._logits(hidden, inputs.sample_rows)
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        last = self._norm(hidden.index_select(0, rows), self._model.final_norm)
         logits = self._group.join_logits(self._model.lm_head(last)).float()
         return soft_cap(logits, self._spec.scales.logit_soft_cap)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 
 from baton.engine.executor import Executor
 from baton.engine.kernels.compiled.build import CannotCompile
-from baton.engine.models import backends
+from baton.engine.models import backends, decoder
 from baton.engine.plan import SequenceChunk, StepPlan
 from baton.engine.sampling.draw import draw_tokens
 from baton.protocol.errors import ConfigError, InternalError
-from baton.protocol.sampling import SamplingParams
+from baton.protocol.sampling import SamplingParams, TokenLogprobs
 from tests.support.tiny_checkpoint import TINY_LLAMA, TINY_MISTRAL, write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -241,3 +242,48 @@ def test_settings_that_cannot_be_met_are_config_errors(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no CUDA device"):
         load(llama, device="cuda")
+
+
+# --- log-probabilities of the prompt
+
+
+@pytest.mark.parametrize("sizes", [(60,), (1, 1, 58), (25, 35), (59, 1), (7,) * 8 + (4,)])
+def test_prompt_logprobs_do_not_notice_the_chunks(
+    folder: Path, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "SCORED_ROWS_AT_ONCE", 16)
+    executor, prompt, table = load(folder), PROMPT[:60], tuple(range(8))
+    expected = torch.stack([one_shot(folder, prompt[:n]) for n in range(1, 60)]).log_softmax(-1)
+    found: list[TokenLogprobs] = []
+    start = 0
+    for n, size in enumerate(sizes):
+        asking = replace(
+            chunk(prompt[start : start + size], start, table, samples=start + size == 60),
+            prompt_ids=prompt,
+            num_prompt_logprobs=3 if start + 1 < 60 else -1,
+        )
+        beside = chunk(PROMPT[: n + 2], 0, (20 + n,) * 2, seq_id="other")
+        result = executor.execute(StepPlan(n, (beside, asking)))
+        assert len(result.sampled) == 1 + asking.samples
+        for part in result.prompt_logprobs:
+            assert (part.seq_id, part.start) == ("s", len(found) + 1)
+            found += part.logprobs
+        start += size
+    assert len(found) == 59
+    for place, one in enumerate(found):
+        row = expected[place]
+        assert one.logprob == pytest.approx(row[prompt[place + 1]].item(), abs=TOLERANCE * 5)
+        best = row.topk(3)
+        assert [t.logprob for t in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_prompt_logprobs_that_are_not_finite_name_their_sequence(llama: Path) -> None:
+    executor = load(llama)
+    poison(executor)
+    asking = replace(
+        chunk(PROMPT[8:20], 8, (0, 1, 2), samples=False, seq_id="sick"),
+        prompt_ids=PROMPT,
+        num_prompt_logprobs=0,
+    )
+    with pytest.raises(InternalError, match="sick"):
+        executor.execute(StepPlan(0, (asking,)))
