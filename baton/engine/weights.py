@@ -23,7 +23,7 @@ from baton.protocol.errors import ConfigError, UnsupportedModel
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of the parameters filled so far, bytes in all), on the loading thread."""
-MAX_MAPPED_BYTES = 128 * 2**20
+MAX_MAPPED_BYTES = 32 * 2**20
 
 _LOADABLE = (torch.float32, torch.bfloat16, torch.float16)
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
