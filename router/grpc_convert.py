@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from baton.api.v1 import baton_pb2 as pb
+from baton.protocol.constraint import Constraint
 from baton.protocol.errors import BatonError
 from baton.protocol.sampling import TokenLogprobs
 from router.chat_template import ChatMessage
 from router.frontend import Loads, ModelInfo, Output, Timeline, Token, WorkerLoad
 from router.raw_request import RawRequest
+from router.structured_output import choice, json_object
 
 MAX_STATUS_BYTES = 500
 MAX_DETAIL_BYTES = 2_000
@@ -68,7 +70,23 @@ def raw_request(request: pb.GenerateRequest | pb.ChatRequest) -> RawRequest:
         bad_words=tuple(sampling.bad_words),
         min_tokens=sampling.min_tokens if sampling.HasField("min_tokens") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+        constraint=constraint_of(sampling),
     )
+
+
+def constraint_of(sampling: pb.SamplingParams) -> Constraint | None:
+    match sampling.WhichOneof("structured_output"):
+        case "json_schema":
+            return Constraint("json_schema", sampling.json_schema)
+        case "regex":
+            return Constraint("regex", sampling.regex)
+        case "grammar":
+            return Constraint("grammar", sampling.grammar)
+        case "choice":
+            return choice(sampling.choice.texts)
+        case "json_object":
+            return json_object() if sampling.json_object else None
+    return None
 
 
 def chat_messages(messages: Iterable[pb.ChatMessage]) -> tuple[ChatMessage, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 MAX_BODY_BYTES = 1 * 2**20
 """Of one HTTP request. A gRPC message may be larger (see the server's own cap)."""
 
-MAX_JSON_DEPTH = 16
+MAX_JSON_DEPTH = 64
 MAX_JSON_KEYS = 5_000
 MAX_JSON_CONTAINERS = 5_000
 """Lists and objects together."""

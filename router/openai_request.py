@@ -14,6 +14,7 @@ from router import limits
 from router.chat_template import ChatMessage
 from router.field_checks import shown
 from router.json_guard import decode_json
+from router.openai_structured import constraint_of
 from router.openai_types import ChatRequest, CommonRequest, CompletionRequest, RequestMessage
 from router.raw_request import RawRequest
 
@@ -27,18 +28,13 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "documents": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_whitespace_pattern": (),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "modalities": (["text"], []),
     "prediction": (),
-    "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -134,6 +130,7 @@ def _common(request: CommonRequest) -> RawRequest:
         bad_words=request.bad_words,
         min_tokens=request.min_tokens,
         prompt_logprobs=request.prompt_logprobs,
+        constraint=constraint_of(request),
     )
 
 

@@ -11,13 +11,15 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from router.openai_structured import StructuredFields
+
 
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class CommonRequest(msgspec.Struct, frozen=True, kw_only=True):
+class CommonRequest(StructuredFields, frozen=True, kw_only=True):
     """What both kinds of completion share. ``timeout_s``, ``priority``, ``request_id``
     and ``bad_token_ids`` are Baton's own; ``top_k``, ``min_p``, ``repetition_penalty``,
     ``ignore_eos``, ``min_tokens``, ``stop_token_ids``, ``allowed_token_ids``, ``bad_words``,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from baton.protocol.constraint import Constraint
 from router.chat_template import ChatMessage
 
 
@@ -44,6 +45,7 @@ class RawRequest:
     bad_words: Sequence[str] | None = None
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def num_text_chars(self) -> int:

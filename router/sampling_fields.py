@@ -25,6 +25,7 @@ from baton.protocol.sampling import (
 from router.field_checks import check_text, flag, integer, number, shown
 from router.frontend import ModelInfo
 from router.raw_request import RawRequest
+from router.structured_output import checked
 from router.tokenizer import Tokenizer
 
 
@@ -59,6 +60,7 @@ def sampling_params(
             _ids("bad_token_ids", raw.bad_token_ids, MAX_LISTED_TOKEN_IDS, model), bad_ids
         ),
         bad_token_sequences=bad_sequences,
+        constraint=None if raw.constraint is None else checked(raw.constraint),
     )
     params.validate()
     _check_something_is_left(params, model)

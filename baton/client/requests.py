@@ -6,6 +6,7 @@ protobuf itself cannot carry is refused, with the same error type.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ Prompt = str | Sequence[int]
 
 _IN_REQUEST = ("priority", "model", "request_id", "timeout")
 _IN_SAMPLING = tuple(name for name in Options.__annotations__ if name not in _IN_REQUEST)
+_STRUCTURED = ("json_schema", "json_object", "regex", "grammar", "choice")
 
 
 def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
@@ -62,6 +64,13 @@ def _set_options(request: pb.GenerateRequest | pb.ChatRequest, options: Options)
     given: Mapping[str, object] = {k: v for k, v in options.items() if v is not None}
     request.request_id = new_request_id()
     request.sampling_params.SetInParent()
+    structured = [name for name in _STRUCTURED if name in given]
+    if len(structured) > 1:
+        raise InvalidRequest(
+            f"{' and '.join(structured)} given; allowed: one way of structuring the output",
+            hop="client",
+            param=structured[1],
+        )
     for name, value in given.items():
         with _carrying(name):
             if name in _IN_SAMPLING:
@@ -76,6 +85,10 @@ def _set_options(request: pb.GenerateRequest | pb.ChatRequest, options: Options)
 def _set(message: object, name: str, value: object) -> None:
     if name == "stop" and isinstance(value, str):
         value = [value]
+    if name == "choice":
+        message, name = getattr(message, name), "texts"
+    if name == "json_schema" and isinstance(value, Mapping):
+        value = json.dumps(value)
     if isinstance(value, Mapping):
         getattr(message, name).update(value)
     elif isinstance(value, list | tuple):

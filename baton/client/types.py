@@ -46,6 +46,16 @@ class Options(TypedDict, total=False):
     """Never completed, at the start of a text or behind a space."""
     min_tokens: int
     """Until so many tokens there is no EOS, no stop token and no stop string (0)."""
+    json_schema: str | Mapping[str, object]
+    """The text is JSON that conforms to this schema. Of this and the next four at most one."""
+    json_object: bool
+    """The text is a JSON object (False)."""
+    regex: str
+    """The whole text matches this regular expression, in Rust's syntax."""
+    grammar: str
+    """The text conforms to this grammar, in Lark or GBNF."""
+    choice: list[str] | tuple[str, ...]
+    """The text is one of these."""
     seed: int
     """Same seed, prompt and options: same tokens. Choice i draws with seed + i (random)."""
     n: int

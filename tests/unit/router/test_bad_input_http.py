@@ -162,7 +162,7 @@ NAMED = {
     "echo in a chat": (chat(echo=True), "echo", "not supported"),
     "suffix": (completion(suffix="end"), "suffix", "'end'"),
     "tools": (chat(tools=[{"type": "function"}]), "tools", "not supported"),
-    "response_format": (chat(response_format={"type": "json_object"}), "response_format", "json"),
+    "response_format": (chat(response_format={"type": "xml"}), "response_format", "xml"),
     "client template": (chat(chat_template="{{ 1 }}"), "chat_template", "not supported"),
 }
 
@@ -183,7 +183,7 @@ async def test_the_error_names_field_and_value(server, name):
 
 
 JSON = {"content-type": "application/json"}
-DEEP = b"[" * 17 + b"]" * 17
+DEEP = b"[" * 65 + b"]" * 65
 
 RAW = {
     "NaN temperature": (b'{"prompt": "x", "temperature": NaN}', "temperature is NaN"),
@@ -196,7 +196,7 @@ RAW = {
         b"{" + b",".join(b'"k%d":1' % i for i in range(10_000)) + b"}",
         "10000 keys; allowed: at most 5000",
     ),
-    "too deep": (b'{"prompt": %s}' % DEEP, "nested deeper than 16"),
+    "too deep": (b'{"prompt": %s}' % DEEP, "nested deeper than 64"),
     "too many lists": (b'{"user": [%s[]]}' % (b"[]," * 6_000), "lists and objects"),
     "100,000 brackets": (b"[" * 100_000, "lists and objects"),
     "truncated": (b'{"prompt": "x', "not JSON"),

@@ -1,0 +1,165 @@
+"""Structured output at the workers' deciders: held until compiled, failed alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import msgspec
+import pytest
+
+from baton.engine.plan import FailedSequence
+from baton.engine.sequence import Sequence
+from baton.protocol.constraint import Constraint
+from baton.protocol.messages import (
+    Abort,
+    Dispatch,
+    RequestBody,
+    RequestFailed,
+    TokenBatch,
+)
+from baton.protocol.sampling import SamplingParams
+from baton.worker.events import (
+    CompileGrammar,
+    GrammarFailed,
+    GrammarReady,
+    RunStep,
+    ShellFacts,
+    StepDone,
+    StepWanted,
+    Tick,
+    ToRouter,
+)
+from baton.worker.grammar_gate import GrammarGate
+from tests.support.core import DECODE, body, run_plan
+from tests.unit.decode_worker.test_decode_decider import Decode, end, frame
+from tests.unit.prefill_worker.test_prefill_decider import Prefill
+
+DIGITS = Constraint("regex", "[0-9]+")
+WORDS = Constraint("regex", "[a-z]+")
+
+
+def constrained(request_id: str = "r", constraint: Constraint = DIGITS) -> RequestBody:
+    made = body(request_id)
+    sampling = msgspec.structs.replace(made.sampling, constraint=constraint)
+    return msgspec.structs.replace(made, sampling=sampling)
+
+
+def failure(request_id: str, code: str, message: str, retryable: bool, hop: str) -> ToRouter:
+    return ToRouter("router-0", RequestFailed(request_id, 0, code, message, retryable, hop, ""))
+
+
+class Mixed(Decode):
+    def __init__(self) -> None:
+        super().__init__("mixed")
+
+    def tell(self, message: Any) -> list[Any]:
+        return self.router(message)
+
+
+def worker(role: str) -> Prefill | Mixed:
+    return Prefill() if role == "prefill" else Mixed()
+
+
+def dispatch(role: str, request: RequestBody) -> Dispatch:
+    return Dispatch(request, DECODE if role == "prefill" else None)
+
+
+def test_the_gate_gives_back_what_waited_for_one_grammar_in_order() -> None:
+    gate = GrammarGate()
+    sequences = [
+        Sequence(str(n), (1,), [], SamplingParams(constraint=c))
+        for n, c in enumerate([DIGITS, WORDS, DIGITS, DIGITS])
+    ]
+    for sequence in sequences:
+        assert gate.hold(sequence) == [CompileGrammar(sequence.sampling.constraint)]
+    assert gate.drop("2") is sequences[2]
+    assert gate.drop("2") is None
+    assert gate.open(DIGITS) == [sequences[0], sequences[3]]
+    assert gate.open(DIGITS) == []
+    assert ("1" in gate, "0" in gate, len(gate)) == (True, False, 1)
+
+
+@pytest.mark.parametrize("role", ["prefill", "mixed"])
+def test_a_request_waits_for_its_grammar_and_no_other(role: str) -> None:
+    w = worker(role)
+    assert w.tell(dispatch(role, constrained())) == [CompileGrammar(DIGITS)]
+    assert w.tell(dispatch(role, constrained())) == [], "the same dispatch again"
+    assert w(StepWanted()) == []
+    assert w.decider.report(ShellFacts(0, 0, "", 0)).num_waiting == 1
+    assert w(GrammarReady(WORDS)) == []
+    assert w(StepWanted()) == []
+    w(GrammarReady(DIGITS))
+    assert isinstance(w(StepWanted())[0], RunStep)
+
+
+@pytest.mark.parametrize("role", ["prefill", "mixed"])
+def test_a_grammar_that_fails_costs_those_that_wanted_it(role: str) -> None:
+    w = worker(role)
+    for name, constraint in (("a", DIGITS), ("b", WORDS), ("c", DIGITS)):
+        w.tell(dispatch(role, constrained(name, constraint)))
+    assert w(GrammarFailed(DIGITS, "invalid_request", "no", False)) == [
+        failure("a", "invalid_request", "no", False, role),
+        failure("c", "invalid_request", "no", False, role),
+    ]
+    assert w.decider.num_open == 1
+    w(GrammarReady(WORDS))
+    assert [c.seq_id for c in w(StepWanted())[0].plan.chunks] == ["b/0"]
+
+
+@pytest.mark.parametrize("role", ["prefill", "mixed"])
+def test_what_is_aborted_or_late_at_the_gate_is_gone(role: str) -> None:
+    w = worker(role)
+    w.tell(dispatch(role, constrained("a")))
+    w.tell(dispatch(role, constrained("b")))
+    w.tell(Abort("a", 0))
+    assert w.decider.num_open == 1
+    w(Tick(), 601.0)
+    assert w.decider.num_open == 0
+    w(GrammarReady(DIGITS))
+    assert w(StepWanted()) == []
+    assert w.decider.report(ShellFacts(0, 0, "", 0)).integrity_errors == ()
+
+
+@pytest.mark.parametrize("role", ["prefill", "mixed"])
+def test_a_sequence_that_cannot_go_on_takes_no_other_with_it(role: str) -> None:
+    w = worker(role)
+    for name in ("a", "b"):
+        w.tell(dispatch(role, body(name)))
+    result = run_plan(w(StepWanted())[0].plan)
+    stuck = FailedSequence("a/0", "invalid_request", "stuck")
+    done = w(StepDone(dataclasses.replace(result, failed=(stuck,))))
+    assert failure("a", "invalid_request", "stuck", False, role) in done
+    batches = [i.message for i in done if isinstance(i, ToRouter)]
+    told = [item.request_id for b in batches if isinstance(b, TokenBatch) for item in b.items]
+    assert told == ["b"]
+    assert w.decider.num_open == 2, "b's stream, and b itself or its hand-over"
+
+
+def handed_over(decode: Decode) -> list[Any]:
+    """A request with a constraint, up to the commit of its KV."""
+    request = constrained()
+    assert decode.reserve(request)[0] == CompileGrammar(DIGITS), "while its KV is on its way"
+    decode.frame(frame(request, 1))
+    return decode(end(request, 1, 42))
+
+
+def test_a_sequence_that_arrives_before_its_grammar_keeps_its_blocks() -> None:
+    decode = Decode()
+    assert CompileGrammar(DIGITS) in handed_over(decode)
+    assert decode(StepWanted()) == []
+    assert decode.reserve(constrained()) == [], "asked again meanwhile"
+    decode(GrammarReady(DIGITS))
+    [chunk] = decode(StepWanted())[0].plan.chunks
+    assert (chunk.token_ids, chunk.start) == ((42,), 4)
+
+
+@pytest.mark.parametrize("ends", [GrammarFailed(DIGITS, "internal", "no", True), Abort("r", 0)])
+def test_blocks_of_a_sequence_that_ends_at_the_gate_are_freed(ends: Any) -> None:
+    decode = Decode()
+    handed_over(decode)
+    if isinstance(ends, Abort):
+        decode.router(ends)
+    else:
+        assert decode(ends) == [failure("r", "internal", "no", True, "decode")]
+    decode.idle()
