@@ -1,6 +1,6 @@
 // Attention over paged KV, for prompts' chunks and decoding rows alike.
 //
-// One unit of work is one KV head of some query rows of one sequence. It walks the keys in tiles
+// One unit of work is some KV heads of some query rows of one sequence. It walks the keys in tiles
 // of TILE positions counted from position 0 of the sequence, with a running maximum and sum per
 // query (online softmax). Scores, sums and products are single chains in key order within a
 // tile, and tiles follow each other in order, so a query's result depends on its own position
@@ -15,7 +15,9 @@ namespace baton {
 namespace {
 
 constexpr int TILE = 64;          // keys; a multiple of NR
-constexpr int MAX_QUERIES = 72;   // query rows x grouped heads of one unit, where groups allow
+constexpr int MAX_QUERIES = 72;   // query rows x grouped heads of one KV head, where groups allow
+
+constexpr int DIRECT_QUERIES = 4;  // up to so many read values in place
 
 static_assert(TILE % NR == 0, "scores are computed NR keys at a time");
 
@@ -35,7 +37,7 @@ struct Job {
 };
 
 struct Unit {
-  int32_t sequence, first_row, num_rows, kv_head, group_start, group_count;
+  int32_t sequence, first_row, num_rows, head_begin, head_end;  // KV heads
 };
 
 struct Scratch {
@@ -107,134 +109,179 @@ void transpose(const T* const* keys, int64_t from, int64_t to, int64_t dim, floa
   }
 }
 
-// Queries are (row, head) pairs: index row * group_count + head.
+// sums[d] += weights[j] * values[j][d] for j in order, straight from the cache: what the product
+// does, without the copy that pays only for several queries.
+template <typename T>
+inline void add_values(const float* weights, const T* const* values, int64_t from, int64_t to,
+                       int64_t dim, float* sums) {
+  constexpr int WIDE = 4;
+  int64_t d = 0;
+  for (; d + WIDE * VL <= dim; d += WIDE * VL) {
+    vf acc[WIDE];
+    for (int w = 0; w < WIDE; ++w) acc[w] = load(sums + d + w * VL);
+    for (int64_t j = from; j < to; ++j) {
+      const vf p = splat(weights[j]);
+      for (int w = 0; w < WIDE; ++w) acc[w] += p * load(values[j] + d + w * VL);
+    }
+    for (int w = 0; w < WIDE; ++w) store(sums + d + w * VL, acc[w]);
+  }
+  for (; d < dim; ++d) {
+    for (int64_t j = from; j < to; ++j) {
+      sums[d] = __builtin_fmaf(weights[j], to_float(values[j][d]), sums[d]);
+    }
+  }
+}
+
+// Running softmax of one query over a tile: scores become weights, `sums` is scaled along.
+// Keys outside [low, high] are not visible.
+inline void weigh(float* scores, int64_t low, int64_t high, float soft_cap, float* running_max,
+                  float* running_sum, float* sums, int64_t width) {
+  constexpr float none = -std::numeric_limits<float>::infinity();
+  if (soft_cap > 0) {
+    for (int j = 0; j < TILE; j += VL) {
+      store(scores + j, tanh(load(scores + j) / soft_cap) * soft_cap);
+    }
+  }
+  for (int64_t j = 0; j < std::min<int64_t>(low, TILE); ++j) scores[j] = none;
+  for (int64_t j = std::max<int64_t>(0, high + 1); j < TILE; ++j) scores[j] = none;
+  vf most = load(scores);
+  for (int j = VL; j < TILE; j += VL) most = max(most, load(scores + j));
+  const float before = *running_max;
+  const float now = std::max(before, max(most));
+  if (now == none) {
+    std::fill(scores, scores + TILE, 0.0f);
+    return;
+  }
+  vf total = {};
+  for (int j = 0; j < TILE; j += VL) {
+    const vf x = load(scores + j);
+    const vf e = x == splat(none) ? vf{} : exp(x - now);
+    store(scores + j, e);
+    total += e;
+  }
+  if (now != before) {
+    const float shrink = before == none ? 0.0f : exp(splat(before - now))[0];
+    *running_sum *= shrink;
+    for (int64_t d = 0; d < width; d += VL) store(sums + d, load(sums + d) * shrink);
+    *running_max = now;
+  }
+  *running_sum += sum(total);
+}
+
+// The queries of a KV head are (row, grouped head) pairs: index row * group + head.
 template <typename T>
 void run(const Job& job, const Unit& unit, Scratch& s) {
-  const int64_t dim = job.dim, width = rounded(dim);
-  const int64_t count = int64_t(unit.num_rows) * unit.group_count;
+  const int64_t dim = job.dim, width = rounded(dim), group = job.group;
+  const int64_t count = int64_t(unit.num_rows) * group;
+  const int64_t num_heads = unit.head_end - unit.head_begin;
   const int64_t row_stride = job.kv_heads * dim;
   const int64_t chunk_rows = job.cu_rows[unit.sequence + 1] - job.cu_rows[unit.sequence];
   const int64_t chunk_start = job.context_lens[unit.sequence] - chunk_rows;
   const int64_t first_position = chunk_start + unit.first_row;
   const int64_t last_position = first_position + unit.num_rows - 1;
   const int32_t* table = job.block_tables + unit.sequence * job.table_width;
-  const int64_t first_head = unit.kv_head * job.group + unit.group_start;
   const int64_t base_row = job.cu_rows[unit.sequence] + unit.first_row;
+  const bool copies_values = count > DIRECT_QUERIES;
 
-  s.queries.resize(count * dim);
+  s.queries.resize(num_heads * count * dim);
   s.transposed.resize(TILE / NR * panel_stride(dim));
   s.values.resize(width / NR * panel_stride(TILE));
   s.scores.resize(count * TILE);
-  s.sums.assign(count * width, 0.0f);
-  s.scores_max.assign(count, -std::numeric_limits<float>::infinity());
-  s.scores_sum.assign(count, 0.0f);
+  s.sums.assign(num_heads * count * width, 0.0f);
+  s.scores_max.assign(num_heads * count, -std::numeric_limits<float>::infinity());
+  s.scores_sum.assign(num_heads * count, 0.0f);
   if (width != dim) std::fill(s.values.begin(), s.values.end(), 0.0f);
 
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = base_row + i / unit.group_count;
-    const float* from = job.q + row * job.q_stride + (first_head + i % unit.group_count) * dim;
-    for (int64_t d = 0; d < dim; ++d) s.queries[i * dim + d] = from[d] * job.scale;
+  for (int64_t head = 0; head < num_heads; ++head) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t query_head = (unit.head_begin + head) * group + i % group;
+      const float* from = job.q + (base_row + i / group) * job.q_stride + query_head * dim;
+      float* to = &s.queries[(head * count + i) * dim];
+      for (int64_t d = 0; d < dim; ++d) to[d] = from[d] * job.scale;
+    }
   }
 
   const int64_t first_key = job.window ? std::max<int64_t>(0, first_position - job.window + 1) : 0;
   for (int64_t tile = first_key / TILE * TILE; tile <= last_position; tile += TILE) {
     const int64_t from = std::max(first_key, tile) - tile;
     const int64_t to = std::min<int64_t>(TILE, last_position + 1 - tile);
-    const T* keys_at[TILE];
-    // Slots outside [from, to) may hold anything, even NaN: they are never read.
-    if (from > 0 || to < TILE) {
-      std::fill(s.transposed.begin(), s.transposed.end(), 0.0f);
-    }
-    int64_t block = (tile + from) / job.block_size;
-    int64_t offset = (tile + from) % job.block_size;
+    const int64_t num_panels = (to + NR - 1) / NR;
+    int64_t offsets[TILE];
+    int64_t block = (tile + from) / job.block_size, place = (tile + from) % job.block_size;
     for (int64_t j = from; j < to; ++j) {
-      const int64_t slot = int64_t(table[block]) * job.block_size + offset;
-      const int64_t at = slot * row_stride + unit.kv_head * dim;
-      keys_at[j] = static_cast<const T*>(job.keys) + at;
-      prefetch(keys_at[j], dim);
-      copy_row(static_cast<const T*>(job.values) + at, dim, &s.values[j * NR]);
-      if (++offset == job.block_size) {
-        offset = 0;
+      offsets[j] = (int64_t(table[block]) * job.block_size + place) * row_stride;
+      if (++place == job.block_size) {
+        place = 0;
         ++block;
       }
     }
-    transpose<T>(keys_at, from, to, dim, s.transposed.data());
-
-    const int64_t num_panels = (to + NR - 1) / NR;
-    product(count, s.queries.data(), dim, s.transposed.data(), panel_stride(dim), dim, s.scores.data(),
-            TILE, num_panels, false);
-
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t position = first_position + i / unit.group_count;
-      const int64_t low = job.window ? std::max<int64_t>(0, position - job.window + 1 - tile) : 0;
-      const int64_t high = std::min<int64_t>(TILE - 1, position - tile);
-      float* scores = &s.scores[i * TILE];
-      if (job.soft_cap > 0) {
-        for (int j = 0; j < TILE; j += VL) {
-          store(scores + j, tanh(load(scores + j) / job.soft_cap) * job.soft_cap);
+    for (int64_t head = 0; head < num_heads; ++head) {
+      const int64_t first = (unit.head_begin + head) * dim;
+      const T *keys[TILE], *values[TILE];
+      for (int64_t j = from; j < to; ++j) {
+        keys[j] = static_cast<const T*>(job.keys) + offsets[j] + first;
+        values[j] = static_cast<const T*>(job.values) + offsets[j] + first;
+        prefetch(values[j], dim);
+      }
+      // Slots outside [from, to) may hold anything, even NaN: they are never read.
+      if (from > 0 || to < TILE) std::fill(s.transposed.begin(), s.transposed.end(), 0.0f);
+      transpose<T>(keys, from, to, dim, s.transposed.data());
+      product(count, &s.queries[head * count * dim], dim, s.transposed.data(), panel_stride(dim),
+              dim, s.scores.data(), TILE, num_panels, false);
+      float* sums = &s.sums[head * count * width];
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t position = first_position + i / group;
+        const int64_t low = job.window ? std::max<int64_t>(0, position - job.window + 1 - tile) : 0;
+        const int64_t high = std::min<int64_t>(TILE - 1, position - tile);
+        const int64_t query = head * count + i;
+        weigh(&s.scores[i * TILE], low, high, job.soft_cap, &s.scores_max[query],
+              &s.scores_sum[query], sums + i * width, width);
+      }
+      if (copies_values) {
+        for (int64_t j = from; j < to; ++j) copy_row(values[j], dim, &s.values[j * NR]);
+        product(count, &s.scores[from], TILE, &s.values[from * NR], panel_stride(TILE), to - from,
+                sums, width, width / NR, true);
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          add_values(&s.scores[i * TILE], values, from, to, dim, sums + i * width);
         }
       }
-      const float none = -std::numeric_limits<float>::infinity();
-      for (int64_t j = 0; j < std::min<int64_t>(low, TILE); ++j) scores[j] = none;
-      for (int64_t j = std::max<int64_t>(0, high + 1); j < TILE; ++j) scores[j] = none;
-      vf most = load(scores);
-      for (int j = VL; j < TILE; j += VL) most = max(most, load(scores + j));
-      const float before = s.scores_max[i];
-      const float now = std::max(before, max(most));
-      if (now == none) {
-        std::fill(scores, scores + TILE, 0.0f);
-        continue;
-      }
-      vf total = {};
-      for (int j = 0; j < TILE; j += VL) {
-        const vf x = load(scores + j);
-        const vf e = x == splat(none) ? vf{} : exp(x - now);
-        store(scores + j, e);
-        total += e;
-      }
-      if (now != before) {
-        const float shrink = before == none ? 0.0f : exp(splat(before - now))[0];
-        s.scores_sum[i] *= shrink;
-        for (int64_t d = 0; d < width; d += VL) {
-          store(&s.sums[i * width + d], load(&s.sums[i * width + d]) * shrink);
-        }
-        s.scores_max[i] = now;
-      }
-      s.scores_sum[i] += sum(total);
     }
-
-    product(count, &s.scores[from], TILE, &s.values[from * NR], panel_stride(TILE), to - from,
-            s.sums.data(), width, width / NR, true);
   }
 
-  const int64_t out_stride = job.kv_heads * job.group * dim;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = base_row + i / unit.group_count;
-    float* to = job.out + row * out_stride + (first_head + i % unit.group_count) * dim;
-    const float inverse = 1.0f / s.scores_sum[i];
-    for (int64_t d = 0; d < dim; ++d) to[d] = s.sums[i * width + d] * inverse;
+  const int64_t out_stride = job.kv_heads * group * dim;
+  for (int64_t head = 0; head < num_heads; ++head) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t query_head = (unit.head_begin + head) * group + i % group;
+      float* to = job.out + (base_row + i / group) * out_stride + query_head * dim;
+      const float inverse = 1.0f / s.scores_sum[head * count + i];
+      const float* sums = &s.sums[(head * count + i) * width];
+      for (int64_t d = 0; d < dim; ++d) to[d] = sums[d] * inverse;
+    }
   }
 }
 
-// Longest units first, so that no thread starts a long one when the others are done.
-std::vector<Unit> cut(const Job& job, int64_t sequences) {
+// A prompt's rows go one KV head at a time. A decoding row takes all heads at once where there
+// are rows enough for the threads: then it reads each of its blocks from end to end.
+// Longest units come first, so that no thread starts a long one when the others are done.
+std::vector<Unit> cut(const Job& job, int64_t sequences, int threads) {
   std::vector<Unit> units;
-  const int32_t group_count = int32_t(std::min<int64_t>(job.group, MAX_QUERIES));
-  const int32_t most_rows = std::max<int32_t>(1, MAX_QUERIES / group_count);
+  const int32_t most_rows = std::max<int32_t>(1, MAX_QUERIES / int32_t(job.group));
+  const int32_t kv_heads = int32_t(job.kv_heads);
   for (int32_t s = 0; s < sequences; ++s) {
     const int32_t rows = job.cu_rows[s + 1] - job.cu_rows[s];
-    for (int32_t head = 0; head < job.kv_heads; ++head) {
+    const bool together = rows == 1 && sequences >= 4 * threads;
+    const int32_t heads = together || threads == 1 ? kv_heads : 1;
+    for (int32_t head = 0; head < kv_heads; head += heads) {
       for (int32_t row = 0; row < rows; row += most_rows) {
-        for (int32_t g = 0; g < job.group; g += group_count) {
-          units.push_back({s, row, std::min(most_rows, rows - row), head, g,
-                           std::min(group_count, int32_t(job.group) - g)});
-        }
+        units.push_back({s, row, std::min(most_rows, rows - row), head, head + heads});
       }
     }
   }
   const auto work = [&](const Unit& u) {
     const int64_t rows = job.cu_rows[u.sequence + 1] - job.cu_rows[u.sequence];
-    return (job.context_lens[u.sequence] - rows + u.first_row + u.num_rows) * u.num_rows;
+    return (job.context_lens[u.sequence] - rows + u.first_row + u.num_rows) * u.num_rows *
+           (u.head_end - u.head_begin);
   };
   std::stable_sort(units.begin(), units.end(),
                    [&](const Unit& a, const Unit& b) { return work(a) > work(b); });
@@ -243,7 +290,7 @@ std::vector<Unit> cut(const Job& job, int64_t sequences) {
 
 template <typename T>
 void attend(const Job& job, int64_t sequences, int threads) {
-  const std::vector<Unit> units = cut(job, sequences);
+  const std::vector<Unit> units = cut(job, sequences, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     static thread_local Scratch scratch;
