@@ -8,8 +8,6 @@ slot -1 is skipped, and no two rows may name the same slot. Bytes are moved as t
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from baton.engine.kernels.jit import jit_sizes, power_of_two, tl
@@ -68,11 +66,11 @@ def _copy_rows(
 
 @jit_sizes("num_rows")
 def _copy_rows_kernel(
-    blocks_ptr: Any,
-    rows_ptr: Any,
-    slots_ptr: Any,
-    num_rows: Any,
-    side_stride: Any,
+    blocks_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    side_stride: tl.tensor,
     INTO_BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,

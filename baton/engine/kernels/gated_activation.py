@@ -7,7 +7,6 @@ gate_up: ``[T, 2 I]``, gate in the first half, up in the second; rows may be str
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +55,10 @@ def _gated(gate_up: Tensor, *, with_gelu: bool) -> Tensor:
 
 @jit
 def _gated_kernel(
-    out_ptr: Any,
-    gate_up_ptr: Any,
-    row_stride: Any,
-    gelu_factor: Any,
+    out_ptr: tl.tensor,
+    gate_up_ptr: tl.tensor,
+    row_stride: tl.tensor,
+    gelu_factor: tl.tensor,
     WIDTH: tl.constexpr,
     WITH_GELU: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -8,7 +8,6 @@ that an expert's rows lie together; an expert may have none. Returns ``[T, out]`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,12 +87,12 @@ def _tile_for(dtype: torch.dtype, num_rows: int, num_experts: int) -> Tile:
 
 @jit_sizes("num_experts")
 def _grouped_matmul_kernel(
-    out_ptr: Any,
-    x_ptr: Any,
-    weights_ptr: Any,
-    starts_ptr: Any,
-    num_experts: Any,
-    x_row_stride: Any,
+    out_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    num_experts: tl.tensor,
+    x_row_stride: tl.tensor,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,

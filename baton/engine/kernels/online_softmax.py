@@ -20,7 +20,9 @@ def score_factors(scale: float, soft_cap: float | None) -> tuple[float, float]:
 
 
 @jit
-def scores_log2(products: Any, inner: Any, outer: Any, HAS_CAP: tl.constexpr) -> Any:
+def scores_log2(
+    products: tl.tensor, inner: tl.tensor, outer: tl.tensor, HAS_CAP: tl.constexpr
+) -> Any:
     """``q . k`` -> score * log2(e). With a cap, tanh(z) = 1 - 2 / (exp(2 z) + 1)."""
     if HAS_CAP:
         products = 1.0 - 2.0 / (tl.exp2(products * inner) + 1.0)
@@ -28,7 +30,9 @@ def scores_log2(products: Any, inner: Any, outer: Any, HAS_CAP: tl.constexpr) ->
 
 
 @jit
-def softmax_step(scores: Any, row_max: Any, row_sum: Any, MAY_BE_EMPTY: tl.constexpr) -> Any:
+def softmax_step(
+    scores: tl.tensor, row_max: tl.tensor, row_sum: tl.tensor, MAY_BE_EMPTY: tl.constexpr
+) -> Any:
     """Fold a tile ``[M, N]`` into ``[M]`` maxima and sums.
 
     Returns (weights, factor of what was accumulated so far, maxima, sums). MAY_BE_EMPTY: a row

@@ -11,8 +11,6 @@ Slots past a context may hold anything, NaN too.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,9 +23,10 @@ SPLIT_TOKENS = 512
 in order. The length is fixed, not chosen from the batch: so a row's sum has one order, whatever
 runs beside it, and a single long sequence still fills the device."""
 BLOCK_N = 64
-BLOCK_N_FLOAT32 = 32
+BLOCK_N_FLOAT32 = 16
 NUM_WARPS = 4
-NUM_STAGES = 3
+NUM_STAGES = 5
+"""Two stages go by before a key's load is begun: its address comes from the block table."""
 
 
 def paged_decode_attention_reference(
@@ -181,23 +180,23 @@ def decode_splits(
 
 @jit_sizes("window", "prefix_len", "first_split", "num_splits", "table_stride")
 def _decode_split_kernel(
-    mixed_ptr: Any,
-    max_ptr: Any,
-    sum_ptr: Any,
-    q_ptr: Any,
-    key_ptr: Any,
-    value_ptr: Any,
-    tables_ptr: Any,
-    context_ptr: Any,
-    inner: Any,
-    outer: Any,
-    window: Any,
-    prefix_len: Any,
-    first_split: Any,
-    num_splits: Any,
-    q_row_stride: Any,
-    q_head_stride: Any,
-    table_stride: Any,
+    mixed_ptr: tl.tensor,
+    max_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    q_ptr: tl.tensor,
+    key_ptr: tl.tensor,
+    value_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    context_ptr: tl.tensor,
+    inner: tl.tensor,
+    outer: tl.tensor,
+    window: tl.tensor,
+    prefix_len: tl.tensor,
+    first_split: tl.tensor,
+    num_splits: tl.tensor,
+    q_row_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    table_stride: tl.tensor,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,

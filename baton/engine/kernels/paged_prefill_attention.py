@@ -26,7 +26,8 @@ from baton.engine.kernels.segments import find_segment
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Query rows (tokens times the queries of a KV head) by keys. Fixed per dtype: the order in
-    which a row's keys are summed must not depend on what runs beside it."""
+    which a row's keys are summed must not depend on what runs beside it. Stages: the addresses of
+    keys come from the block table, so two of them go by before a key's load is even begun."""
 
     rows: int
     keys: int
@@ -34,8 +35,10 @@ class Tile:
     num_stages: int
 
 
-HALF_TILE = Tile(rows=128, keys=64, num_warps=8, num_stages=3)
-FLOAT32_TILE = Tile(rows=32, keys=32, num_warps=4, num_stages=2)
+HALF_TILE = Tile(rows=128, keys=64, num_warps=8, num_stages=5)
+WIDE_HEAD_TILE = Tile(rows=128, keys=32, num_warps=8, num_stages=5)
+"""Heads above 128: accumulators fill the registers."""
+FLOAT32_TILE = Tile(rows=32, keys=16, num_warps=8, num_stages=3)
 
 
 def paged_prefill_attention_reference(
@@ -90,7 +93,7 @@ def paged_prefill_attention_triton(
     assert block_tables.stride(1) == 1
     inner, outer = score_factors(scale, soft_cap)
     group = num_heads // num_kv_heads
-    tile = FLOAT32_TILE if q.dtype == torch.float32 else HALF_TILE
+    tile = _tile_for(q.dtype, head_dim)
     rows = power_of_two(group, least=tile.rows)
     grid = (num_rows // (rows // group) + num_seqs, num_kv_heads)
     _prefill_kernel[grid](
@@ -126,22 +129,28 @@ def paged_prefill_attention_triton(
     return out
 
 
+def _tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
+    if dtype == torch.float32:
+        return FLOAT32_TILE
+    return HALF_TILE if head_dim <= 128 else WIDE_HEAD_TILE
+
+
 @jit_sizes("num_seqs", "window", "table_stride")
 def _prefill_kernel(
-    out_ptr: Any,
-    q_ptr: Any,
-    key_ptr: Any,
-    value_ptr: Any,
-    tables_ptr: Any,
-    starts_ptr: Any,
-    context_ptr: Any,
-    num_seqs: Any,
-    inner: Any,
-    outer: Any,
-    window: Any,
-    q_row_stride: Any,
-    q_head_stride: Any,
-    table_stride: Any,
+    out_ptr: tl.tensor,
+    q_ptr: tl.tensor,
+    key_ptr: tl.tensor,
+    value_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    context_ptr: tl.tensor,
+    num_seqs: tl.tensor,
+    inner: tl.tensor,
+    outer: tl.tensor,
+    window: tl.tensor,
+    q_row_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    table_stride: tl.tensor,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -220,6 +229,7 @@ def _prefill_kernel(
         True, HAS_WINDOW, HAS_CAP, DOT_IN_FP32,
     )  # fmt: skip
 
+    row_sum = tl.where(in_rows, row_sum, 1.0)
     result = (mixed / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     out_places = out_ptr + (rows * NUM_HEADS + heads)[:, None] * HEAD_DIM + columns[None, :]
     tl.store(out_places, result, mask=q_mask)
@@ -227,20 +237,20 @@ def _prefill_kernel(
 
 @jit
 def _fold_keys(
-    row_max: Any,
-    row_sum: Any,
-    mixed: Any,
-    q: Any,
-    positions: Any,
-    key_ptr: Any,
-    value_ptr: Any,
-    table: Any,
-    begin: Any,
-    end: Any,
-    num_keys: Any,
-    inner: Any,
-    outer: Any,
-    window: Any,
+    row_max: tl.tensor,
+    row_sum: tl.tensor,
+    mixed: tl.tensor,
+    q: tl.tensor,
+    positions: tl.tensor,
+    key_ptr: tl.tensor,
+    value_ptr: tl.tensor,
+    table: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    num_keys: tl.tensor,
+    inner: tl.tensor,
+    outer: tl.tensor,
+    window: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,

@@ -8,8 +8,6 @@ computed in float32 and rounded once. No argument is written to.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -55,14 +53,14 @@ def rms_norm_triton(
 
 @jit
 def _rms_norm_kernel(
-    normed_ptr: Any,
-    total_ptr: Any,
-    x_ptr: Any,
-    residual_ptr: Any,
-    weight_ptr: Any,
-    eps: Any,
-    x_row_stride: Any,
-    residual_row_stride: Any,
+    normed_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    eps: tl.tensor,
+    x_row_stride: tl.tensor,
+    residual_row_stride: tl.tensor,
     HAS_RESIDUAL: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,

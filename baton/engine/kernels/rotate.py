@@ -8,8 +8,6 @@ contiguous, in the dtype of heads; products are float32.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -54,12 +52,12 @@ def rotate_triton(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @jit
 def _rotate_kernel(
-    out_ptr: Any,
-    heads_ptr: Any,
-    cos_ptr: Any,
-    sin_ptr: Any,
-    row_stride: Any,
-    head_stride: Any,
+    out_ptr: tl.tensor,
+    heads_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    row_stride: tl.tensor,
+    head_stride: tl.tensor,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,

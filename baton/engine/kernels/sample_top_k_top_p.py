@@ -22,6 +22,7 @@ COLUMNS_PER_STEP = 4096
 MIN_TEMPERATURE = 1e-30
 """Below this the best token has all the weight, and float32 would divide by zero."""
 FARTHEST: Any = tl.constexpr(0x7FFFFFFF) if AVAILABLE else None
+LOG2_E: Any = tl.constexpr(1.4426950408889634) if AVAILABLE else None
 LEAST_WEIGHT: Any = tl.constexpr(1e-300) if AVAILABLE else None
 
 
@@ -85,15 +86,15 @@ def sample_top_k_top_p_triton(
 
 @jit
 def _sample_kernel(
-    out_ptr: Any,
-    logits_ptr: Any,
-    temperature_ptr: Any,
-    top_k_ptr: Any,
-    top_p_ptr: Any,
-    min_p_ptr: Any,
-    uniforms_ptr: Any,
-    row_stride: Any,
-    min_temperature: Any,
+    out_ptr: tl.tensor,
+    logits_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    top_k_ptr: tl.tensor,
+    top_p_ptr: tl.tensor,
+    min_p_ptr: tl.tensor,
+    uniforms_ptr: tl.tensor,
+    row_stride: tl.tensor,
+    min_temperature: tl.tensor,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -103,41 +104,42 @@ def _sample_kernel(
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     divisor = tl.where(temperature > 0, tl.maximum(temperature, min_temperature), 1.0)
+    decay = LOG2_E / divisor
     best = _best_logit(row_ptr, VOCAB, BLOCK)
     min_p = tl.load(min_p_ptr + row).to(tl.float32)
-    reach = tl.where(min_p > 0, -tl.log(tl.where(min_p > 0, min_p, 1.0)), float("inf"))
+    reach = tl.where(min_p > 0, -tl.log(tl.where(min_p > 0, min_p, 1.0)) * divisor, float("inf"))
 
     edge = tl.full((), FARTHEST, tl.int32)
     num_ties = tl.full((), 0, tl.int32)
     top_k = tl.where(temperature > 0, tl.load(top_k_ptr + row).to(tl.int32), 1)
     if (top_k > 0) & (top_k < VOCAB):
-        edge, nearer = _edge(
-            row_ptr, best, divisor, reach, top_k.to(tl.float64), VOCAB, BLOCK, True
-        )
-        num_ties = top_k - nearer.to(tl.int32)
+        edge, nearer = _edge(row_ptr, best, decay, reach, top_k, VOCAB, BLOCK, True)
+        num_ties = top_k - nearer
 
     top_p = tl.load(top_p_ptr + row).to(tl.float64)
     if top_p < 1.0:
-        left = _weight_nearer(row_ptr, best, divisor, reach, edge, VOCAB, BLOCK)
-        left += num_ties.to(tl.float64) * _weights(edge)
+        left, _ = _weight_nearer(row_ptr, best, decay, reach, edge, VOCAB, BLOCK)
+        left += num_ties.to(tl.float64) * _weights(edge, decay)
         needed = top_p * left
-        nucleus, nearer = _edge(row_ptr, best, divisor, reach, needed, VOCAB, BLOCK, False)
+        nucleus, nearer = _edge(row_ptr, best, decay, reach, needed, VOCAB, BLOCK, False)
         if nucleus <= edge:
             # A weight of 0 at the edge adds nothing, however many of them stay.
-            ties = tl.ceil((needed - nearer) / tl.maximum(_weights(nucleus), LEAST_WEIGHT))
+            ties = tl.ceil((needed - nearer) / tl.maximum(_weights(nucleus, decay), LEAST_WEIGHT))
             ties = tl.minimum(tl.maximum(ties, 1.0), 1.0 * VOCAB).to(tl.int32)
             num_ties = tl.where(nucleus == edge, tl.minimum(num_ties, ties), ties)
             edge = nucleus
 
-    total = _weight_nearer(row_ptr, best, divisor, reach, edge, VOCAB, BLOCK)
-    total += num_ties.to(tl.float64) * _weights(edge)
+    # Rounding may have asked for a tie more than there are.
+    total, all_ties = _weight_nearer(row_ptr, best, decay, reach, edge, VOCAB, BLOCK)
+    num_ties = tl.minimum(num_ties, all_ties)
+    total += num_ties.to(tl.float64) * _weights(edge, decay)
     target = tl.load(uniforms_ptr + row).to(tl.float64) * total
-    token_id = _inverted(row_ptr, best, divisor, reach, edge, num_ties, target, VOCAB, BLOCK)
+    token_id = _inverted(row_ptr, best, decay, reach, edge, num_ties, target, VOCAB, BLOCK)
     tl.store(out_ptr + row, token_id.to(tl.int64))
 
 
 @jit
-def _best_logit(row_ptr: Any, VOCAB: tl.constexpr, BLOCK: tl.constexpr) -> Any:
+def _best_logit(row_ptr: tl.tensor, VOCAB: tl.constexpr, BLOCK: tl.constexpr) -> Any:
     columns = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, VOCAB, BLOCK):
@@ -149,51 +151,52 @@ def _best_logit(row_ptr: Any, VOCAB: tl.constexpr, BLOCK: tl.constexpr) -> Any:
 
 @jit
 def _distances(
-    row_ptr: Any, best: Any, divisor: Any, reach: Any, columns: Any, VOCAB: tl.constexpr
+    row_ptr: tl.tensor, best: tl.tensor, reach: tl.tensor, columns: tl.tensor, VOCAB: tl.constexpr
 ) -> Any:
-    """(best - logit) / temperature as the bits of a float32 that is not negative: as integers
-    they have the same order. Tokens past ``reach``, which min-p drops, are farthest of all, and so
-    are columns past the vocabulary."""
+    """Best logit - logit as the bits of a float32 that is not negative: as integers they have the
+    same order. Tokens past ``reach``, which min-p drops, are farthest of all, and so are columns
+    past the vocabulary."""
     inside = columns < VOCAB
-    logits = tl.load(row_ptr + columns, mask=inside, other=0.0)
-    distances = tl.div_rn(best - logits, divisor)
+    distances = best - tl.load(row_ptr + columns, mask=inside, other=0.0)
     return tl.where(inside & (distances <= reach), distances.to(tl.int32, bitcast=True), FARTHEST)
 
 
 @jit
-def _weights(distances: Any) -> Any:
-    """exp(-distance), float64; 0 for ``FARTHEST``, whose bits would be no number."""
+def _weights(distances: tl.tensor, decay: tl.tensor) -> Any:
+    """exp(-distance / temperature), float64; 0 for ``FARTHEST``, whose bits are no number."""
     reals = tl.where(distances == FARTHEST, 0, distances).to(tl.float32, bitcast=True)
-    return tl.where(distances == FARTHEST, 0.0, tl.exp(-reals)).to(tl.float64)
+    return tl.where(distances == FARTHEST, 0.0, tl.exp2(-reals * decay)).to(tl.float64)
 
 
 @jit
 def _weight_nearer(
-    row_ptr: Any,
-    best: Any,
-    divisor: Any,
-    reach: Any,
-    edge: Any,
+    row_ptr: tl.tensor,
+    best: tl.tensor,
+    decay: tl.tensor,
+    reach: tl.tensor,
+    edge: tl.tensor,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> Any:
-    """The weight of all tokens nearer than ``edge``."""
+    """The weight of all tokens nearer than ``edge``, and how many lie just there."""
     columns = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
+    ties = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, VOCAB, BLOCK):
-        distances = _distances(row_ptr, best, divisor, reach, start + columns, VOCAB)
-        weights = _weights(distances)
+        distances = _distances(row_ptr, best, reach, start + columns, VOCAB)
+        weights = _weights(distances, decay)
         total += tl.where(distances < edge, weights, 0.0)
-    return tl.sum(total, 0)
+        ties += (distances == edge).to(tl.int32)
+    return tl.sum(total, 0), tl.sum(ties, 0)
 
 
 @jit
 def _edge(
-    row_ptr: Any,
-    best: Any,
-    divisor: Any,
-    reach: Any,
-    needed: Any,
+    row_ptr: tl.tensor,
+    best: tl.tensor,
+    decay: tl.tensor,
+    reach: tl.tensor,
+    needed: tl.tensor,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
@@ -204,27 +207,25 @@ def _edge(
     It is the greatest distance such that all nearer ones together stay below ``needed``: two bits
     of it are settled in one pass over the row, from the highest on.
     """
+    AMOUNT: tl.constexpr = tl.int32 if COUNT else tl.float64
     columns = tl.arange(0, BLOCK)
     edge = tl.full((), 0, tl.int64)
-    nearer = tl.full((), 0.0, tl.float64)
+    nearer = tl.full((), 0, AMOUNT)
     for step in range(16):
+        # 64 bits, because the first digit's bounds go past 31; FARTHEST counts what they do.
         digit = tl.full((), 1, tl.int64) << (30 - 2 * step)
-        # No distance has the highest bit, so a bound past FARTHEST counts them all, as it does.
         bound1 = tl.minimum(edge + digit, FARTHEST).to(tl.int32)
         bound2 = tl.minimum(edge + 2 * digit, FARTHEST).to(tl.int32)
         bound3 = tl.minimum(edge + 3 * digit, FARTHEST).to(tl.int32)
-        sum1 = tl.zeros((BLOCK,), tl.float64)
-        sum2 = tl.zeros((BLOCK,), tl.float64)
-        sum3 = tl.zeros((BLOCK,), tl.float64)
+        sum1 = tl.zeros((BLOCK,), AMOUNT)
+        sum2 = tl.zeros((BLOCK,), AMOUNT)
+        sum3 = tl.zeros((BLOCK,), AMOUNT)
         for start in range(0, VOCAB, BLOCK):
-            distances = _distances(row_ptr, best, divisor, reach, start + columns, VOCAB)
-            if COUNT:
-                amounts = tl.where(distances < FARTHEST, 1.0, 0.0).to(tl.float64)
-            else:
-                amounts = _weights(distances)
-            sum1 += tl.where(distances < bound1, amounts, 0.0)
-            sum2 += tl.where(distances < bound2, amounts, 0.0)
-            sum3 += tl.where(distances < bound3, amounts, 0.0)
+            distances = _distances(row_ptr, best, reach, start + columns, VOCAB)
+            amounts = (distances < FARTHEST).to(tl.int32) if COUNT else _weights(distances, decay)
+            sum1 += tl.where(distances < bound1, amounts, 0)
+            sum2 += tl.where(distances < bound2, amounts, 0)
+            sum3 += tl.where(distances < bound3, amounts, 0)
         below1, below2, below3 = tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum3, 0)
         if below3 < needed:
             edge, nearer = bound3.to(tl.int64), below3
@@ -237,13 +238,13 @@ def _edge(
 
 @jit
 def _inverted(
-    row_ptr: Any,
-    best: Any,
-    divisor: Any,
-    reach: Any,
-    edge: Any,
-    num_ties: Any,
-    target: Any,
+    row_ptr: tl.tensor,
+    best: tl.tensor,
+    decay: tl.tensor,
+    reach: tl.tensor,
+    edge: tl.tensor,
+    num_ties: tl.tensor,
+    target: tl.tensor,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> Any:
@@ -256,8 +257,8 @@ def _inverted(
     ties_seen = tl.full((), 0, tl.int32)
     for start in range(0, VOCAB, BLOCK):
         ids = start + columns
-        distances = _distances(row_ptr, best, divisor, reach, ids, VOCAB)
-        weights = _weights(distances)
+        distances = _distances(row_ptr, best, reach, ids, VOCAB)
+        weights = _weights(distances, decay)
         at_edge = (distances == edge).to(tl.int32)
         tie_rank = ties_seen + tl.cumsum(at_edge, 0)
         kept = (distances < edge) | ((distances == edge) & (tie_rank <= num_ties))

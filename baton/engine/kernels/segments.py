@@ -8,7 +8,9 @@ from baton.engine.kernels.jit import jit, tl
 
 
 @jit
-def find_segment(starts_ptr: Any, num_segments: Any, tile: Any, ROWS: tl.constexpr) -> Any:
+def find_segment(
+    starts_ptr: tl.tensor, num_segments: tl.tensor, tile: tl.tensor, ROWS: tl.constexpr
+) -> Any:
     """The last segment s with ``starts[s] // ROWS + s <= tile``, by bisection.
 
     Segment s is given the tiles from ``starts[s] // ROWS + s`` up to the next segment's first.

@@ -12,8 +12,6 @@ the prefix. context_lens: ``[B]`` int32, all tokens, prefix and query included, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,8 @@ from baton.engine.kernels.split_merge import Partials, merge_splits
 BLOCK_M = 64
 """Rows of the products: a KV head's queries of many sequences. Fixed, whatever the batch."""
 BLOCK_N = 64
-BLOCK_N_FLOAT32 = 16
+NARROW_BLOCK_N = 16
+"""float32, and heads above 128: accumulators fill the registers."""
 
 
 def shared_prefix_decode_attention_reference(
@@ -142,31 +141,31 @@ def _prefix_splits(
         BLOCK_SIZE=block_size,
         SPLIT=SPLIT_TOKENS,
         BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N_FLOAT32 if q.dtype == torch.float32 else BLOCK_N,
+        BLOCK_N=NARROW_BLOCK_N if q.dtype == torch.float32 or head_dim > 128 else BLOCK_N,
         BLOCK_D=power_of_two(head_dim, least=16),
         HAS_CAP=soft_cap is not None,
         DOT_IN_FP32=INTERPRETED,
         num_warps=4,
-        num_stages=3,
+        num_stages=5,
     )
 
 
 @jit_sizes("num_rows", "prefix_len", "num_splits")
 def _prefix_split_kernel(
-    mixed_ptr: Any,
-    max_ptr: Any,
-    sum_ptr: Any,
-    q_ptr: Any,
-    key_ptr: Any,
-    value_ptr: Any,
-    table_ptr: Any,
-    inner: Any,
-    outer: Any,
-    num_rows: Any,
-    prefix_len: Any,
-    num_splits: Any,
-    q_row_stride: Any,
-    q_head_stride: Any,
+    mixed_ptr: tl.tensor,
+    max_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    q_ptr: tl.tensor,
+    key_ptr: tl.tensor,
+    value_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    inner: tl.tensor,
+    outer: tl.tensor,
+    num_rows: tl.tensor,
+    prefix_len: tl.tensor,
+    num_splits: tl.tensor,
+    q_row_stride: tl.tensor,
+    q_head_stride: tl.tensor,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,

@@ -8,7 +8,6 @@ A split holds, per row and query head, the maximum score m (units of log2), the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,15 +75,15 @@ def merge_splits(
 
 @jit_sizes("num_splits", "num_prefix_splits", "prefix_len", "window")
 def _merge_kernel(
-    out_ptr: Any,
-    max_ptr: Any,
-    sum_ptr: Any,
-    mixed_ptr: Any,
-    context_ptr: Any,
-    num_splits: Any,
-    num_prefix_splits: Any,
-    prefix_len: Any,
-    window: Any,
+    out_ptr: tl.tensor,
+    max_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    mixed_ptr: tl.tensor,
+    context_ptr: tl.tensor,
+    num_splits: tl.tensor,
+    num_prefix_splits: tl.tensor,
+    prefix_len: tl.tensor,
+    window: tl.tensor,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,

@@ -8,8 +8,6 @@ No two rows may name the same slot.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -56,14 +54,14 @@ def store_kv_triton(
 
 @jit_sizes("num_rows")
 def _store_kv_kernel(
-    k_ptr: Any,
-    v_ptr: Any,
-    key_blocks_ptr: Any,
-    value_blocks_ptr: Any,
-    slots_ptr: Any,
-    num_rows: Any,
-    k_row_stride: Any,
-    v_row_stride: Any,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    key_blocks_ptr: tl.tensor,
+    value_blocks_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    k_row_stride: tl.tensor,
+    v_row_stride: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
