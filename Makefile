@@ -17,7 +17,7 @@ TORCH_PIP_ARGS ?=
 ARGS ?=
 TRAIN_OUT ?= .runtime/baton-tiny-new
 
-.PHONY: help venv demo serve test check bench proto lock train-tiny wheels clean
+.PHONY: help venv demo serve test check bench bench-engine proto lock train-tiny wheels clean
 
 help: ## list the targets
 	@echo "Baton: disaggregated prefill/decode serving. On a fresh machine: make demo, then make test."
@@ -60,6 +60,9 @@ check: venv ## style, types, import layers, and the quick tests (two minutes)
 
 bench: venv ## measure against colocated serving; results land in benchmarks/results
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-engine: venv ## the engine alone beside vLLM's CPU build and transformers (installs them apart)
+	@$(BIN)/python -m benchmarks.engine --torch-pip-args "$(TORCH_PIP_ARGS)" $(ARGS)
 
 proto: venv ## write the gRPC stubs from baton/api/v1/baton.proto
 	@$(BIN)/python tools/generate_proto.py
