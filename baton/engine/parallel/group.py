@@ -66,7 +66,7 @@ class RankGroup:
     Sums over gloo add the ranks' parts in the order of their ranks: gloo's own all-reduce cuts
     a tensor into pieces and begins each at another rank, so that the same row would add in
     another order in another batch. NCCL's order depends on the size as well; ``ordered`` takes
-    the slower way there too.
+    the slower way there too, in deterministic mode.
     """
 
     def __init__(
@@ -108,13 +108,21 @@ class RankGroup:
         return torch.cat(parts, dim=-1)[:, : self._vocab_size]
 
     def abort(self) -> None:
-        """End what waits for ranks that are gone. Idempotent; nothing works afterwards."""
-        self._backend.abort()
+        """End what another thread waits for. Idempotent; nothing works afterwards."""
+        if self._backend is not None:
+            self._backend.abort()
+
+    def close(self) -> None:
+        """Let go of the connections; no thread is in here."""
+        self.abort()
+        self._backend = None
 
     def _wait(self, work: Any) -> None:
         try:
             work.wait()
         except RuntimeError as exc:
+            # It holds the connections, and the traceback would hold it.
+            del work
             raise RankLost(
                 f"rank {self._shard.rank} of {self._shard.size} waited for the others in vain "
                 f"(deadline {self._deadline_s:g} s): {exc}"
@@ -155,7 +163,13 @@ def find_store(port: int, num_ranks: int, deadline_s: float) -> Store:
 
 
 def join(
-    store: Store, shard: Shard, vocab_size: int, device: torch.device, deadline_s: float
+    store: Store,
+    shard: Shard,
+    vocab_size: int,
+    device: torch.device,
+    deadline_s: float,
+    *,
+    deterministic: bool,
 ) -> RankGroup:
     """Meet the other ranks. Raises RankLost when one does not come within the deadline.
 
@@ -168,7 +182,8 @@ def join(
             f"rank {shard.rank} of {shard.size} did not meet the others within "
             f"{deadline_s:g} s: {exc}"
         ) from exc
-    return RankGroup(backend, shard, vocab_size, deadline_s, ordered=device.type == "cpu")
+    ordered = deterministic or device.type == "cpu"
+    return RankGroup(backend, shard, vocab_size, deadline_s, ordered=ordered)
 
 
 def _backend(store: Store, shard: Shard, device: torch.device, timeout: timedelta) -> Any:

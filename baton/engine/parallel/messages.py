@@ -44,7 +44,7 @@ class Join(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """The rank's process is up; it joins the others next."""
+    """The rank's process is up and can run what it was told; it joins the others next."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -82,9 +82,10 @@ def _answer(request: KvRequest, executor: Executor) -> memoryview:
 def run(steps: Channel, kv: Channel) -> None:
     """Until rank 0 has closed its end. Raises RankLost when another rank is gone."""
     told: Join = steps.receive(Join, None)
-    steps.send(Started(), told.deadline_s)
     try:
-        executor = _load(told)
+        executor = _load(told, steps)
+    except RankLost:
+        raise
     except BatonError as exc:
         steps.send(Failed(exc.code, exc.message), told.deadline_s)
         return
@@ -102,11 +103,20 @@ def run(steps: Channel, kv: Channel) -> None:
         done.add()
 
 
-def _load(told: Join) -> Executor:
+def _load(told: Join, steps: Channel) -> Executor:
+    """What is refused is refused before the others wait for this rank."""
     settings = told.settings
-    store = find_store(told.store_port, settings.num_ranks, told.deadline_s)
     spec, device = Executor.prepare(settings)
-    group = join(store, settings.shard, spec.vocab_size, device, told.deadline_s)
+    steps.send(Started(), told.deadline_s)
+    store = find_store(told.store_port, settings.num_ranks, told.deadline_s)
+    group = join(
+        store,
+        settings.shard,
+        spec.vocab_size,
+        device,
+        told.deadline_s,
+        deterministic=settings.deterministic,
+    )
     return Executor.load_part(settings, group)
 
 

@@ -89,7 +89,14 @@ class Ranks:
             told = Join(settings=own, store_port=port, deadline_s=self._deadline_s)
             rank.steps.send(told, self._deadline_s)
         self._expect(Started)
-        self._group = join(store, settings.shard, vocab_size, device, self._deadline_s)
+        self._group = join(
+            store,
+            settings.shard,
+            vocab_size,
+            device,
+            self._deadline_s,
+            deterministic=settings.deterministic,
+        )
 
     @property
     def group(self) -> RankGroup:
@@ -162,7 +169,10 @@ class Ranks:
         return tuple(rank.steps.fileno() for rank in self._ranks)
 
     def loss(self) -> RankLost:
-        """Why the worker must end; call when one of ``fds`` is readable."""
+        """Why the worker must end; call when one of ``fds`` is readable. A step in flight is
+        ended too, should it wait where the loss of a rank goes unnoticed."""
+        if self._group is not None:
+            self._group.abort()
         return self._lost(RankLost("a rank has closed its end"))
 
     def close(self) -> None:
@@ -170,7 +180,7 @@ class Ranks:
         if self._loss is None:
             self._loss = RankLost("the ranks have been ended")
         if self._group is not None:
-            self._group.abort()
+            self._group.close()
         for rank in self._ranks:
             rank.steps.close()
             rank.kv.close()
