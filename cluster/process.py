@@ -16,8 +16,10 @@ from typing import Any
 
 import msgspec
 
-from baton.protocol.errors import BatonError
+from baton.protocol.errors import BatonError, RankLost
 from baton.protocol.spec import RouterInfo, RouterSpec, RouterStatus, WorkerInfo, WorkerSpec
+
+log = logging.getLogger(__name__)
 
 
 class Reply(msgspec.Struct, kw_only=True):
@@ -82,7 +84,11 @@ async def run_worker(stdin: asyncio.StreamReader) -> None:
         _answer(_error(exc))
         return
     _answer(Reply(worker=info))
-    await _until_stopped(_read_commands(stdin, lambda command: Reply()), instance.wait())
+    try:
+        await _until_stopped(_read_commands(stdin, lambda command: Reply()), instance.wait())
+    except RankLost as exc:
+        log.error("%s ends: %s", info.worker_id, exc.message)
+        sys.exit(1)
     await instance.stop()
 
 
