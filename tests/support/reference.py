@@ -69,3 +69,10 @@ def reference_logprobs(prompt_ids: Sequence[int], num_tokens: int) -> torch.Tens
         rows.append(row)
         ids.append(int(row.argmax()))
     return torch.stack(rows)
+
+
+@torch.inference_mode()
+def prompt_logprobs(prompt_ids: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities ``[num_tokens - 1, vocab]`` of the prompt's tokens behind the first."""
+    logits: torch.Tensor = _model()(torch.tensor([list(prompt_ids)])).logits[0, :-1]
+    return logits.float().log_softmax(dim=-1)
