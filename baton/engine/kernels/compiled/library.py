@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from baton.engine.kernels.compiled.build import library_path
 
@@ -75,13 +74,14 @@ class Library:
         """weight: ``[columns, depth]``; with a gate, an even number of columns."""
         width, (columns, depth) = self._vector_width, weight.shape
         parts = weight.chunk(2) if gate else (weight,)
-        per_panel = width if gate else 2 * width
-        padded = [pad(p, (0, 0, 0, -len(p) % per_panel)) for p in parts]
-        panels = torch.cat([p.view(-1, per_panel, depth) for p in padded], dim=1)
-        panels = panels.transpose(1, 2)
-        if weight.dtype == torch.bfloat16:
-            panels = panels.reshape(-1, depth, 2, width).transpose(2, 3)
-        return PackedMatrix(panels.contiguous(), columns, depth, gate)
+        num_panels = -(-columns // (2 * width))
+        pairs = weight.dtype == torch.bfloat16
+        lanes = (width, 2) if pairs else (2, width)
+        panels = weight.new_zeros(num_panels, depth, *lanes)
+        halves = panels.transpose(2, 3) if pairs else panels
+        for number, part in enumerate(parts):
+            _place(part, halves[:, :, number : number + 1] if gate else halves)
+        return PackedMatrix(panels if pairs else panels.flatten(2), columns, depth, gate)
 
     def rows(self, matrix: PackedMatrix, numbers: Tensor) -> Tensor:
         """Rows ``[len(numbers), depth]`` float32 of a matrix that was packed without a gate."""
@@ -216,6 +216,19 @@ class Library:
             self._num_threads,
         )
         return out
+
+
+def _place(rows: Tensor, halves: Tensor) -> None:
+    """Rows ``[columns, depth]`` into panels ``[P, depth, halves, VL]`` that are zero so far."""
+    num_halves, width = halves.shape[2:]
+    num_whole = len(rows) // (num_halves * width)
+    whole, rest = rows[: num_whole * num_halves * width], rows[num_whole * num_halves * width :]
+    # Straight to its place: a large matrix and several copies of it are more than loading needs.
+    by_panel = whole.view(num_whole, num_halves, width, rows.shape[1])
+    halves[:num_whole].copy_(by_panel.permute(0, 3, 1, 2))
+    for number, first in enumerate(range(0, len(rest), width)):
+        half = rest[first : first + width]
+        halves[num_whole, :, number, : len(half)] = half.T
 
 
 @cache
