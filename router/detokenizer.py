@@ -53,14 +53,17 @@ class Detokenizer:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         context_ids: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         """``context_ids``: the last few prompt ids, where the text continues a prompt.
 
+        min_tokens: what so many tokens bring holds no stop string, and no beginning of one.
         Decoders of the SentencePiece kind drop the space before the first word of a
         sequence; with the prompt's end before it the space stays.
         """
         self._text = _IncrementalText(tokenizer, skip_special_tokens, context_ids)
         self._scanner = StopScanner(stop)
+        self._num_unscanned = min_tokens
 
     def push(self, token_ids: Sequence[int]) -> Pushed:
         texts: list[str] = []
@@ -68,6 +71,10 @@ class Detokenizer:
         for index, token_id in enumerate(token_ids):
             text = self._text.push(token_id)
             texts.append(text)
+            if self._num_unscanned > 0:
+                self._num_unscanned -= 1
+                shown.append(text)
+                continue
             scanned = self._scanner.push(text)
             shown.append(scanned.text)
             if scanned.stop is not None:

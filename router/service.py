@@ -43,7 +43,11 @@ class RouterService:
 
         def make_detokenizer(request: GenerateSpec) -> Detokenizer:
             return Detokenizer(
-                tokenizer, request.stop, request.skip_special_tokens, request.prompt_ids[-4:]
+                tokenizer,
+                request.stop,
+                request.skip_special_tokens,
+                request.prompt_ids[-4:],
+                request.sampling.min_tokens,
             )
 
         decider = RouterDecider(spec.router_id, epoch, spec.config, make_detokenizer)

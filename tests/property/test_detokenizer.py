@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from router.detokenizer import Detokenizer
 from router.stop_strings import StopScanner
 from router.tokenizer import Tokenizer
+from tests.support.tiny_text import tiny_tokenizer
 
 BYTE_LEVEL = Tokenizer.load(Path(__file__).parents[2] / "deploy/models/baton-tiny")
 
@@ -118,6 +119,26 @@ def test_scanner_finds_what_a_search_of_the_whole_text_finds(
     else:
         shown += scanner.flush()
     assert (shown, found) == _naive(text, stop)
+
+
+@given(text=short, stop=stops, sizes=chunk_sizes, min_tokens=st.integers(0, 30))
+def test_min_tokens_bring_no_stop_string(
+    text: str, stop: list[str], sizes: list[int], min_tokens: int
+) -> None:
+    """One token per character: what the first ones say is text, the rest is searched."""
+    tokenizer = tiny_tokenizer()
+    detokenizer = Detokenizer(tokenizer, stop, min_tokens=min_tokens)
+    shown, found = "", None
+    for chunk in _chunks(tokenizer.encode(text), sizes):
+        pushed = detokenizer.push(chunk)
+        shown += pushed.text
+        if pushed.stop is not None:
+            found = pushed.stop.stop
+            break
+    else:
+        shown += detokenizer.flush()
+    rest, expected = _naive(text[min_tokens:], stop)
+    assert (shown, found) == (text[:min_tokens] + rest, expected)
 
 
 @given(text=short, stop=stops)
