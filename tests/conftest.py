@@ -4,6 +4,20 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 # A shell starts background jobs with SIGINT ignored, and children inherit that: tests that
 # press Ctrl-C would then wait for an answer that never comes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` run where there is a CUDA device and are deselected elsewhere."""
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in set(marked)]

@@ -1,0 +1,253 @@
+"""Every kernel against its reference on tiny shapes, in Triton's interpreter.
+
+Not collected by itself: ``test_interpreter.py`` runs this file in a process of its own, because
+Triton decides when it is imported whether it interprets.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from baton.engine.kernels.registry import REFERENCES, TRITON
+from tests.unit.engine.kernels.cases import (
+    assert_close,
+    both,
+    check,
+    paged,
+    randn,
+    sampling_inputs,
+)
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = [FLOAT32, FLOAT16, BFLOAT16]
+PLAIN = {"scale": 0.11, "window": None, "soft_cap": None}
+ATTENTION = [
+    pytest.param(group, dim, dtype, window, soft_cap, id=f"gqa{group}-d{dim}-{str(dtype)[6:]}-{n}")
+    for n, (group, dim, dtype, window, soft_cap) in enumerate(
+        [
+            (1, 64, FLOAT32, None, None),
+            (2, 64, BFLOAT16, None, None),
+            (3, 64, FLOAT32, 5, None),
+            (4, 128, BFLOAT16, None, 10.0),
+            (5, 96, FLOAT32, 3, 10.0),
+            (6, 64, FLOAT16, None, None),
+            (7, 64, FLOAT32, 40, None),
+            (8, 96, BFLOAT16, 1, None),
+        ]
+    )
+]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(1)
+
+
+@pytest.mark.parametrize(("group", "dim", "dtype", "window", "soft_cap"), ATTENTION)
+def test_decode_attention(
+    group: int, dim: int, dtype: torch.dtype, window: int | None, soft_cap: float | None
+) -> None:
+    kv = paged([13, 1, 37], kv_heads=2, dim=dim, dtype=dtype, device="cpu")
+    q = randn(3, 2 * group, dim, dtype=dtype, device="cpu")
+    check(
+        "paged_decode_attention",
+        q,
+        kv.key_blocks,
+        kv.value_blocks,
+        kv.block_tables,
+        kv.context_lens,
+        scale=0.11,
+        window=window,
+        soft_cap=soft_cap,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_decode_attention_over_several_splits_with_a_padding_row(window: int | None) -> None:
+    kv = paged([1029, 0, 512], kv_heads=1, dim=64, dtype=FLOAT32, device="cpu", block_size=16)
+    q = randn(3, 6, 64, dtype=FLOAT32, device="cpu")[:, 1:3]
+    found = check(
+        "paged_decode_attention",
+        q,
+        kv.key_blocks,
+        kv.value_blocks,
+        kv.block_tables,
+        kv.context_lens,
+        scale=0.11,
+        window=window,
+        soft_cap=None,
+    )
+    assert not found[1].any()
+
+
+def test_a_rows_attention_is_the_same_to_the_bit_whatever_is_beside_it() -> None:
+    kv = paged([520, 3, 70], kv_heads=1, dim=64, dtype=FLOAT32, device="cpu", block_size=16)
+    q = randn(3, 2, 64, dtype=FLOAT32, device="cpu")
+    tables, lengths = kv.block_tables, kv.context_lens
+    together = TRITON.paged_decode_attention(
+        q, kv.key_blocks, kv.value_blocks, tables, lengths, **PLAIN
+    )
+    for row in range(3):
+        columns = -(-int(lengths[row]) // 16)
+        alone = TRITON.paged_decode_attention(
+            q[row : row + 1],
+            kv.key_blocks,
+            kv.value_blocks,
+            tables[row : row + 1, :columns],
+            lengths[row : row + 1],
+            **PLAIN,
+        )
+        assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize(("group", "dim", "dtype", "window", "soft_cap"), ATTENTION)
+def test_prefill_attention(
+    group: int, dim: int, dtype: torch.dtype, window: int | None, soft_cap: float | None
+) -> None:
+    """A whole prompt, one row behind a cached prefix, a chunk behind one, then padding."""
+    kv = paged([9, 37, 30], kv_heads=2, dim=dim, dtype=dtype, device="cpu")
+    starts = torch.tensor([0, 9, 10, 21], dtype=torch.int32)
+    q = randn(21 + 2, 2 * group, dim, dtype=dtype, device="cpu")
+    expected, found = both(
+        "paged_prefill_attention",
+        q,
+        kv.key_blocks,
+        kv.value_blocks,
+        kv.block_tables,
+        starts,
+        kv.context_lens,
+        scale=0.11,
+        window=window,
+        soft_cap=soft_cap,
+    )
+    assert_close(expected[:21], found[:21])
+
+
+def test_prefill_attention_over_many_tiles() -> None:
+    """Whole tiles without a mask lie between those at the window's edge and at the diagonal."""
+    kv = paged([290, 130], kv_heads=1, dim=64, dtype=BFLOAT16, device="cpu", block_size=16)
+    q = randn(140, 4, 64, dtype=BFLOAT16, device="cpu")
+    for window in (None, 150):
+        check(
+            "paged_prefill_attention",
+            q,
+            kv.key_blocks,
+            kv.value_blocks,
+            kv.block_tables,
+            torch.tensor([0, 70, 140], dtype=torch.int32),
+            kv.context_lens,
+            scale=0.11,
+            window=window,
+            soft_cap=None,
+        )
+
+
+@pytest.mark.parametrize(
+    ("group", "dim", "dtype", "soft_cap"),
+    [(1, 64, FLOAT32, None), (3, 96, BFLOAT16, 10.0), (8, 128, FLOAT16, None)],
+)
+def test_shared_prefix_attention(
+    group: int, dim: int, dtype: torch.dtype, soft_cap: float | None
+) -> None:
+    kv = paged([21, 37, 22], kv_heads=2, dim=dim, dtype=dtype, device="cpu", shared_blocks=5)
+    q = randn(3, 2 * group, dim, dtype=dtype, device="cpu")
+    check(
+        "shared_prefix_decode_attention",
+        q,
+        kv.key_blocks,
+        kv.value_blocks,
+        kv.block_tables[0, :5],
+        kv.block_tables[:, 5:].contiguous(),
+        kv.context_lens,
+        scale=0.11,
+        soft_cap=soft_cap,
+    )
+
+
+def test_shared_prefix_attention_over_several_splits_equals_plain_decode() -> None:
+    kv = paged([620, 600, 0], kv_heads=1, dim=64, dtype=FLOAT32, device="cpu", shared_blocks=37,
+               block_size=16)  # fmt: skip
+    q = randn(3, 2, 64, dtype=FLOAT32, device="cpu")
+    blocks = (kv.key_blocks, kv.value_blocks)
+    plain = REFERENCES.paged_decode_attention(q, *blocks, kv.block_tables, kv.context_lens, **PLAIN)
+    found = TRITON.shared_prefix_decode_attention(
+        q,
+        *blocks,
+        kv.block_tables[0, :37],
+        kv.block_tables[:, 37:],
+        kv.context_lens,
+        scale=0.11,
+        soft_cap=None,
+    )
+    assert_close(plain, found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(dtype: torch.dtype, with_residual: bool) -> None:
+    x = randn(5, 200, dtype=dtype, device="cpu")[:, :131]
+    residual = randn(5, 131, dtype=dtype, device="cpu") if with_residual else None
+    weight = randn(131, dtype=dtype, device="cpu")
+    expected, found = both("rms_norm", x, weight, 1e-5, residual)
+    for ours, theirs in zip(expected, found, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "half"), [(64, 32), (96, 48), (96, 36), (128, 16)])
+def test_rotate(dtype: torch.dtype, dim: int, half: int) -> None:
+    heads = randn(5, 7, dim, dtype=dtype, device="cpu")[:, :5]
+    angles = torch.randn(5, half)
+    check("rotate", heads, angles.cos(), angles.sin())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["silu_mul", "gelu_tanh_mul"])
+def test_gated_activations(name: str, dtype: torch.dtype) -> None:
+    check(name, randn(3, 2 * 1030, dtype=dtype, device="cpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [[3, 0, 1, 7], [0, 70, 0, 1], [0, 0, 0, 2]])
+def test_grouped_matmul(dtype: torch.dtype, counts: list[int]) -> None:
+    x = randn(sum(counts), 72, dtype=dtype, device="cpu")
+    weights = randn(len(counts), 70, 72, dtype=dtype, device="cpu") / 8
+    experts = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).int()
+    check("grouped_matmul", x, weights, experts)
+
+
+def test_sampling_draws_the_same_tokens() -> None:
+    expected, found = both("sample_top_k_top_p", *sampling_inputs(8, 613, "cpu"))
+    assert torch.equal(expected, found)
+
+
+def test_sampling_walks_a_vocabulary_of_several_steps() -> None:
+    logits, temperature, top_k, top_p, min_p, uniforms = sampling_inputs(3, 5000, "cpu")
+    top_k[:] = torch.tensor([0, 2000, 30])
+    temperature[:] = torch.tensor([1.0, 2.0, 0.7])
+    expected, found = both(
+        "sample_top_k_top_p", logits, temperature, top_k, top_p, min_p * 0, uniforms
+    )
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_are_equal_to_the_bit_and_skip_slot_minus_one(dtype: torch.dtype) -> None:
+    blocks = randn(3, 2, 4, 4, 2, 24, dtype=dtype, device="cpu")
+    blocks[0, 0, 0, 0] = float("nan")
+    slots = torch.tensor([3, -1, 0, 15, 4])
+    expected, rows = both("gather_blocks", blocks, slots, 1, 2)
+    assert torch.equal(expected, rows)
+    stored = [torch.zeros_like(blocks), torch.zeros_like(blocks)]
+    for kernels, place in zip((REFERENCES, TRITON), stored, strict=True):
+        kernels.scatter_blocks(place, slots, 1, rows)
+        kernels.store_kv(
+            blocks[2, 0].flatten(0, 1)[:5],
+            blocks[2, 1].flatten(0, 1)[:10:2],
+            place[0, 0],
+            place[0, 1],
+            slots,
+        )
+    assert torch.equal(*stored)
+    assert stored[0].count_nonzero().item() == 2 * 2 * 4 * 48 + 2 * 4 * 48
