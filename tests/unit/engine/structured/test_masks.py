@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -96,6 +97,69 @@ def test_lark_and_gbnf_grammars(store: GrammarStore) -> None:
         text = text_of(generate(store, params(grammar, 3)))
         assert re.fullmatch(r"(\(*)[ab](\)*)", text)
         assert text.count("(") == text.count(")")
+
+
+@st.composite
+def schemas(draw: st.DrawFn, depth: int = 2) -> dict[str, Any]:
+    """Of the keywords that ``conforms`` knows, and such that a text ends before long."""
+    leaves = ["integer", "string", "enum"]
+    kind = draw(st.sampled_from(leaves if depth == 0 else [*leaves, "array", "object", "anyOf"]))
+    inner = schemas(depth - 1)
+    match kind:
+        case "integer":
+            low = draw(st.integers(-50, 50))
+            return {"type": kind, "minimum": low, "maximum": low + draw(st.integers(0, 99))}
+        case "string":
+            return {"type": kind, "maxLength": draw(st.integers(0, 5))}
+        case "enum":
+            values = st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3)
+            return {"enum": draw(st.lists(values, min_size=1, max_size=3))}
+        case "array":
+            least = draw(st.integers(0, 2))
+            return {"type": kind, "items": draw(inner), "minItems": least, "maxItems": least + 1}
+        case "anyOf":
+            return {"anyOf": draw(st.lists(inner, min_size=1, max_size=2))}
+    names = draw(st.lists(st.text(min_size=1, max_size=3), max_size=3, unique=True))
+    return {
+        "type": "object",
+        "properties": {name: draw(inner) for name in names},
+        "required": names[: draw(st.integers(0, len(names)))],
+        "additionalProperties": False,
+    }
+
+
+def conforms(value: Any, schema: dict[str, Any]) -> bool:
+    if "enum" in schema:
+        return any(type(value) is type(v) and value == v for v in schema["enum"])
+    if "anyOf" in schema:
+        return any(conforms(value, option) for option in schema["anyOf"])
+    match schema["type"]:
+        case "integer":
+            return type(value) is int and schema["minimum"] <= value <= schema["maximum"]
+        case "string":
+            return isinstance(value, str) and len(value) <= schema["maxLength"]
+        case "array":
+            return (
+                isinstance(value, list)
+                and schema["minItems"] <= len(value) <= schema["maxItems"]
+                and all(conforms(item, schema["items"]) for item in value)
+            )
+    return (
+        isinstance(value, dict)
+        and set(schema["required"]) <= set(value) <= set(schema["properties"])
+        and all(conforms(item, schema["properties"][name]) for name, item in value.items())
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(schema=schemas(), seed=st.integers(0, 2**32), forget_every=st.integers(0, 9))
+def test_whatever_the_schema_what_is_drawn_conforms(
+    store: GrammarStore, schema: dict[str, Any], seed: int, forget_every: int
+) -> None:
+    constraint = Constraint("json_schema", json.dumps(schema))
+    output = generate(store, params(constraint, seed), forget_every=forget_every, most=2_000)
+    assert output[-1] == EOS_ID
+    assert conforms(json.loads(text_of(output)), schema)
 
 
 @settings(max_examples=20, deadline=None)
