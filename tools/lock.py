@@ -3,7 +3,8 @@
 ``requirements.lock`` and ``requirements-dev.lock`` pin every package with hashes, for Python
 3.11 and 3.12 alike. torch and what only some builds of it need stay out: the CPU and the CUDA
 build carry one version number and different hashes. ``requirements-torch.lock`` pins the
-version alone; see docs/adr/0003-lock-files.md.
+version alone; see docs/adr/0003-lock-files.md. Triton, which CUDA builds of torch bring, is a
+package of our own choice among the developers' ones: tests interpret its kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_LOCK = ROOT / "requirements-torch.lock"
-BUILD_SPECIFIC = re.compile(r"^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==")
+BUILD_SPECIFIC = {
+    "requirements.lock": re.compile(r"^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=="),
+    "requirements-dev.lock": re.compile(r"^(torch|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=="),
+}
 HEADER = (
     "# Written by `make lock`. Install with: pip install --require-hashes --no-deps -r {name}\n"
 )
@@ -38,10 +42,10 @@ def compile_requirements(extras: list[str], previous: Path, upgrade: bool) -> st
         return output.read_text()
 
 
-def without_build_specific(compiled: str) -> str:
+def without_build_specific(name: str, compiled: str) -> str:
     """Drop the blocks (a pin and its indented hashes) of torch and of its build's own packages."""
     blocks = re.split(r"^(?=[A-Za-z0-9])", compiled, flags=re.MULTILINE)
-    return "".join(block for block in blocks if not BUILD_SPECIFIC.match(block))
+    return "".join(block for block in blocks if not BUILD_SPECIFIC[name].match(block))
 
 
 def main() -> int:
@@ -49,7 +53,7 @@ def main() -> int:
     for name, extras in (("requirements.lock", []), ("requirements-dev.lock", ["dev"])):
         path = ROOT / name
         compiled = compile_requirements(extras, path, upgrade)
-        path.write_text(HEADER.format(name=name) + without_build_specific(compiled))
+        path.write_text(HEADER.format(name=name) + without_build_specific(name, compiled))
         torch_pin = re.search(r"^torch==\S+", compiled, flags=re.MULTILINE)
         if torch_pin is None:
             wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
