@@ -32,7 +32,7 @@ from baton.protocol.messages import (
     TokenItem,
     WorkerRef,
 )
-from baton.protocol.sampling import SamplingParams
+from baton.protocol.sampling import SamplingParams, TokenLogprobs
 from baton.protocol.spec import WorkerInfo
 from router.decider import QUEUE_PATIENCE_S, RouterDecider
 from router.detokenizer import Detokenizer
@@ -71,7 +71,11 @@ def info(worker_id: str, incarnation: str = "1", role: str = "") -> WorkerInfo:
 
 
 def spec(request_id: str = "r", **fields: Any) -> GenerateSpec:
-    sampling = SamplingParams(max_tokens=fields.pop("max_tokens", 4), seed=fields.pop("seed", 0))
+    sampling = SamplingParams(
+        max_tokens=fields.pop("max_tokens", 4),
+        seed=fields.pop("seed", 0),
+        num_prompt_logprobs=fields.pop("num_prompt_logprobs", -1),
+    )
     prompt_ids = (1, 2, 3)
     return GenerateSpec(RequestId(request_id), prompt_ids, sampling, **fields)
 
@@ -257,6 +261,27 @@ def test_a_retryable_failure_is_placed_elsewhere_with_what_is_there() -> None:
     assert late[1:] == [ToWorker(decode, abort)]
     first = said[2].worker_id
     assert [o.seq for o in outputs(router.tokens(first, item(again.body, 1, B)))] == [1]
+
+
+def test_the_prompt_comes_with_the_first_output_and_once() -> None:
+    router = Router("p-0", "d-0", "d-1")
+    body = body_of(router.dispatched(spec(num_prompt_logprobs=0)))
+    scores = (TokenLogprobs(-1.0), TokenLogprobs(-2.0))
+    said = router.tokens("p-0", item(body, 0, 7, prompt_logprobs=scores))
+    said += router.tokens(body_target(router), item(body, 1, 8, prompt_logprobs=scores))
+    first, second = outputs(said)
+    assert [(t.token_id, t.logprobs) for t in first.prompt_tokens] == [
+        (1, None),
+        (2, scores[0]),
+        (3, scores[1]),
+    ]
+    assert second.prompt_tokens == ()
+
+
+def body_target(router: Router) -> str:
+    """The decode worker that the only request was placed on."""
+    (charged,) = (w for w, tokens in router.charges.items() if tokens and w.startswith("d"))
+    return charged
 
 
 def test_a_failure_for_good_is_told_as_its_own_class() -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from baton.protocol.config import RouterConfig
 from baton.protocol.errors import InvalidRequest, PromptTooLong, UnknownModel
-from baton.protocol.sampling import MAX_SEED
+from baton.protocol.sampling import MAX_SEED, SamplingParams
 from router import limits
 from router.chat_template import ChatMessage, ChatTemplate
 from router.raw_request import RawRequest
+from router.sampling_fields import check_against_prompt
 from router.validation import Validator
 from tests.support.scripted_frontend import MODEL
 from tests.support.tiny_text import tiny_template, tiny_tokenizer
@@ -158,3 +159,19 @@ async def test_long_texts_leave_the_event_loop(monkeypatch):
     assert off_loop is not inline
     with pytest.raises(PromptTooLong):
         await validator.generate_spec_off_loop(RawRequest(prompt="x" * 256))
+
+
+@pytest.mark.parametrize(("alternatives", "most"), [(0, 32_769), (20, 1_561)])
+def test_prompt_logprobs_are_capped_together(alternatives, most):
+    params = SamplingParams(num_prompt_logprobs=alternatives)
+    check_against_prompt(params, most)
+    with pytest.raises(InvalidRequest, match="allowed: at most 32768"):
+        check_against_prompt(params, most + 1)
+
+
+def test_bad_words_are_banned_at_the_start_and_behind_a_space(validator):
+    spec = validator.generate_spec(RawRequest(prompt="x", bad_words=["A", " A", "BC"]))
+    letter, space = (tiny_tokenizer().encode(c)[0] for c in ("A", " "))
+    assert spec.sampling.bad_token_ids == (letter,)
+    assert spec.sampling.bad_token_sequences[0] == (space, letter)
+    assert [len(s) for s in spec.sampling.bad_token_sequences] == [2, 2, 3]
