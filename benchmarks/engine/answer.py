@@ -94,7 +94,7 @@ def answer(open_engine: Callable[[Setup], Engine]) -> None:
                 }
             else:
                 assert engine is not None, "the first question must be open"
-                found = _measure(engine, question)
+                found = measured(engine, question)
         except Exception as exc:
             # The line stays open: the asking side says what failed and goes on without this one.
             traceback.print_exc()
@@ -103,7 +103,7 @@ def answer(open_engine: Callable[[Setup], Engine]) -> None:
         answers.flush()
 
 
-def _measure(engine: Engine, question: dict[str, Any]) -> dict[str, Any]:
+def measured(engine: Engine, question: dict[str, Any]) -> dict[str, Any]:
     """prefill and decode: rounds ``[tokens, seconds]`` until ``window_s`` of timed work is done."""
     op = question["op"]
     if op == "greedy":

@@ -64,7 +64,11 @@ class EngineProcess:
             self.stop()
 
     def stop(self) -> None:
+        """It has stopped, or ended, when this returns: the next one has the processors alone."""
         self._signal(signal.SIGSTOP)
+        with contextlib.suppress(ChildProcessError):
+            # Only a look: the state stays there for whoever waits for the end.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def peak_bytes(self) -> int:
         """The most that was ever resident."""

@@ -46,12 +46,13 @@ async def check(engine: Answering, reference: Answering, seed: int) -> GateResul
     about = {"op": "gaps", "prompts": prompts, "tokens": tokens}
     gaps = (await reference.ask(about, TIMEOUT_S))["gaps"]
     for number, of_prompt in enumerate(gaps):
-        worst = max(range(len(of_prompt)), key=of_prompt.__getitem__)
-        if not of_prompt[worst] < NEAR_TIE:
+        # Not "at least": a gap that is no number must not pass.
+        bad = [i for i, gap in enumerate(of_prompt) if not gap < NEAR_TIE]
+        if bad:
             raise GateRed(
-                f"{engine.name}: token {worst} after prompt {number} ({PROMPT_TOKENS[number]} "
-                f"tokens) is {tokens[number][worst]}; {reference.name} has one whose logit is "
-                f"{of_prompt[worst]:.4f} higher"
+                f"{engine.name}: token {bad[0]} after prompt {number} ({PROMPT_TOKENS[number]} "
+                f"tokens) is {tokens[number][bad[0]]}; {reference.name} has one whose logit is "
+                f"{of_prompt[bad[0]]:.4f} higher"
             )
     return GateResult(
         engine=engine.name,
