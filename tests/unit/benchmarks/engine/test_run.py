@@ -122,5 +122,5 @@ async def test_libraries_to_preload_are_found_in_the_environment(tmp_path: Path)
     library.touch()
     log = tmp_path / "log"
     assert await preload_paths(["libprobe.so"], python, tmp_path, log) == [str(library)]
-    with pytest.raises(Unavailable, match="libother.so is not here"):
+    with pytest.raises(Unavailable, match=r"libother\.so is not here"):
         await preload_paths(["libprobe.so", "libother.so"], python, tmp_path, log)
