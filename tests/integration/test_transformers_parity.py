@@ -116,6 +116,26 @@ def plain_torch(device: torch.device, *, num_threads: int, deterministic: bool) 
     return TorchBackend(device, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("name", ["qwen2-upper-window", "mixtral", "phi3-partial", "gemma3"])
+def test_company_and_chunks_do_not_change_a_bit(name: str, tmp_path: Path) -> None:
+    """The same prompts thrice: in two random mixtures, and each alone in one chunk."""
+    save_random_model(MAIN_CONFIGS[name](), tmp_path)
+    executor = load(tmp_path, deterministic=True)
+
+    def run(seed: int) -> list[torch.Tensor]:
+        sequences = make_sequences(320, (5, 33, 70, 150, 161), np.random.default_rng(17))
+        run_greedy(executor, sequences, np.random.default_rng(seed), num_tokens=12)
+        return [torch.stack(s.logits) for s in sequences]
+
+    first, second = run(1), run(2)
+    alone = make_sequences(320, (5, 33, 70, 150, 161), np.random.default_rng(17))
+    for s, one, other in zip(alone, first, second, strict=True):
+        assert torch.equal(one, other)
+        table = tuple(range(11))
+        chunk = SequenceChunk("alone", tuple(s.tokens), 0, table, True, GREEDY)
+        assert torch.equal(executor.forward_logits(StepPlan(0, (chunk,)))[0], one[0])
+
+
 WRONG: dict[str, tuple[str, Callable[[ModelSpec], ModelSpec]]] = {
     "yarn attention factor": (
         "llama-yarn",

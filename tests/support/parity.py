@@ -193,7 +193,7 @@ def save_random_model(config: transformers.PretrainedConfig, folder: Path) -> No
     model.save_pretrained(folder, max_shard_size="60KB")
 
 
-def load(folder: Path, dtype: str = "float32") -> Executor:
+def load(folder: Path, dtype: str = "float32", *, deterministic: bool = False) -> Executor:
     return Executor.load(
         folder,
         dtype=dtype,
@@ -201,6 +201,7 @@ def load(folder: Path, dtype: str = "float32") -> Executor:
         num_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
         num_threads=1,
+        deterministic=deterministic,
     )
 
 
@@ -237,13 +238,15 @@ def make_sequences(
     return sequences
 
 
-def next_plan(step: int, sequences: list[Stream], rng: np.random.Generator) -> StepPlan:
+def next_plan(
+    step: int, sequences: list[Stream], rng: np.random.Generator, num_tokens: int
+) -> StepPlan:
     """One token of every sequence that decodes, and random chunks of up to two prompts."""
     chunks: list[SequenceChunk] = []
     num_prompts = 0
     for s in sequences:
         pending = len(s.tokens) - s.num_computed
-        if s.num_new >= NUM_TOKENS:
+        if s.num_new >= num_tokens:
             continue
         if s.num_computed < s.num_prompt_tokens:
             if num_prompts == 2:
@@ -265,12 +268,17 @@ def next_plan(step: int, sequences: list[Stream], rng: np.random.Generator) -> S
     return StepPlan(step, tuple(chunks))
 
 
-def run_greedy(executor: Executor, sequences: list[Stream], rng: np.random.Generator) -> None:
+def run_greedy(
+    executor: Executor,
+    sequences: list[Stream],
+    rng: np.random.Generator,
+    num_tokens: int = NUM_TOKENS,
+) -> None:
     """Greedy by the logits' own maximum, so that one forward pass gives token and evidence."""
     by_id = {s.seq_id: s for s in sequences}
     step = 0
-    while any(s.num_new < NUM_TOKENS for s in sequences):
-        plan = next_plan(step, sequences, rng)
+    while any(s.num_new < num_tokens for s in sequences):
+        plan = next_plan(step, sequences, rng, num_tokens)
         logits = executor.forward_logits(plan)
         sampling = [c for c in plan.chunks if c.samples]
         drawn = logits.argmax(dim=-1).tolist()
