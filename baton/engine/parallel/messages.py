@@ -6,12 +6,14 @@ and then plans, answered while starting only; *kv* carries requests, each answer
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
+from types import GenericAlias
+from typing import Any, get_type_hints
 
 import msgspec
 
 from baton.engine.parallel.shard import Shard
-from baton.engine.plan import StepPlan
+from baton.engine.plan import SequenceChunk, StepPlan
 from baton.protocol.sampling import SamplingParams
 
 _ANY_SAMPLING = SamplingParams()
@@ -88,9 +90,34 @@ Start = Started | Ready | Failed
 KvRequest = ReadKv | WriteKv
 
 
+_FOR_SAMPLING = ("sampling", "prompt_ids", "output_ids")
+"""What of a chunk stays on rank 0; whatever else a chunk ever has goes to the ranks."""
+_CHUNK_FIELDS = tuple(f.name for f in fields(SequenceChunk) if f.name not in _FOR_SAMPLING)
+_PLAN_FIELDS = tuple(f.name for f in fields(StepPlan) if f.name != "chunks")
+
+
+def _positional(name: str, hints: dict[str, Any]) -> Any:
+    return msgspec.defstruct(name, list(hints.items()), frozen=True, array_like=True)
+
+
+def _hints(kind: type, names: tuple[str, ...]) -> dict[str, Any]:
+    found = get_type_hints(kind)
+    return {name: found[name] for name in names}
+
+
+_ChunkForRanks = _positional("ChunkForRanks", _hints(SequenceChunk, _CHUNK_FIELDS))
+_Chunks = GenericAlias(tuple, (_ChunkForRanks, ...))
+PlanForRanks = _positional("PlanForRanks", _hints(StepPlan, _PLAN_FIELDS) | {"chunks": _Chunks})
+
+
 def encode_plan(plan: StepPlan) -> bytes:
-    """For the ranks that do not sample: without what only sampling looks at."""
-    chunks = tuple(
-        replace(c, sampling=_ANY_SAMPLING, prompt_ids=(), output_ids=()) for c in plan.chunks
+    return msgspec.msgpack.encode(msgspec.convert(plan, PlanForRanks, from_attributes=True))
+
+
+def plan_of(told: Any) -> StepPlan:
+    """told: a ``PlanForRanks`` that has arrived. Its sampling parameters mean nothing."""
+    chunks = (
+        SequenceChunk(sampling=_ANY_SAMPLING, **{n: getattr(c, n) for n in _CHUNK_FIELDS})
+        for c in told.chunks
     )
-    return msgspec.msgpack.encode(replace(plan, chunks=chunks))
+    return StepPlan(chunks=tuple(chunks), **{n: getattr(told, n) for n in _PLAN_FIELDS})

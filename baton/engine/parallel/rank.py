@@ -24,11 +24,12 @@ from baton.engine.parallel.messages import (
     KvDone,
     KvRange,
     KvRequest,
+    PlanForRanks,
     ReadKv,
     Ready,
     Started,
+    plan_of,
 )
-from baton.engine.plan import StepPlan
 from baton.protocol.errors import BatonError, InternalError, RankLost
 
 log = logging.getLogger(__name__)
@@ -96,10 +97,10 @@ def run(steps: Channel, kv: Channel) -> None:
     ).start()
     while True:
         try:
-            plan: StepPlan = steps.receive(StepPlan, None)
+            told_plan = steps.receive(PlanForRanks, None)
         except RankLost:
             return
-        executor.forward_logits(plan)
+        executor.forward_logits(plan_of(told_plan))
         done.add()
 
 
