@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "threads.h"
 
 namespace baton {
 namespace {
@@ -291,12 +292,10 @@ std::vector<Unit> cut(const Job& job, int64_t sequences, int threads) {
 template <typename T>
 void attend(const Job& job, int64_t sequences, int threads) {
   const std::vector<Unit> units = cut(job, sequences, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  parallel(threads, int64_t(units.size()), [&](int64_t i) {
     static thread_local Scratch scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < units.size(); ++i) run<T>(job, units[i], scratch);
-  }
+    run<T>(job, units[i], scratch);
+  });
 }
 
 }  // namespace

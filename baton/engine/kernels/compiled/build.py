@@ -1,8 +1,7 @@
 """Compile this folder's C++ into one shared library, once per machine and version of the code.
 
 The library has a plain C interface: no header of torch or Python is needed, a compiler is all,
-and compiling takes seconds. It shares torch's OpenMP threads, since the loader gives both the
-one libgomp that torch brought.
+and compiling takes seconds.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from pathlib import Path
 
 COMPILERS = ("g++", "c++")
 FLAGS = (
-    "-std=gnu++17",
+    "-std=gnu++20",
     "-O3",
     "-march=native",
     "-ffp-contract=fast",
-    "-fopenmp",
+    "-pthread",
     "-fPIC",
     "-shared",
 )

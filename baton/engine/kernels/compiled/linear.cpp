@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "linear.h"
+#include "threads.h"
 
 namespace baton {
 namespace {
@@ -14,6 +15,7 @@ enum Gate { NO_GATE = 0, SILU = 1, GELU_TANH = 2 };
 constexpr int64_t DEPTH_BLOCK = 384;             // a panel's block of it stays in L1
 constexpr int64_t ROW_BLOCK_BYTES = 192 * 1024;  // rows kept in L2 while panels pass by
 constexpr int MAX_ROW_BLOCK = 240;
+constexpr int64_t CHUNKS_PER_THREAD = 4;
 
 struct Product {
   const float* x;
@@ -131,10 +133,10 @@ void some_panels(const Product& job, const W* w, int64_t begin, int64_t end) {
 template <typename W>
 void multiply(const Product& job, const W* w, int threads) {
   const int64_t panels = (job.columns + NR - 1) / NR;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int t = 0; t < threads; ++t) {
-    some_panels<W>(job, w, panels * t / threads, panels * (t + 1) / threads);
-  }
+  const int64_t chunks = threads == 1 ? 1 : std::min<int64_t>(panels, CHUNKS_PER_THREAD * threads);
+  parallel(threads, chunks, [&](int64_t chunk) {
+    some_panels<W>(job, w, panels * chunk / chunks, panels * (chunk + 1) / chunks);
+  });
 }
 
 }  // namespace

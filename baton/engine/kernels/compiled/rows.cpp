@@ -1,7 +1,9 @@
 // What happens to rows between two products: the norm, and Q, K, V on their way to attention.
+#include <algorithm>
 #include <cmath>
 
 #include "simd.h"
+#include "threads.h"
 
 namespace baton {
 namespace {
@@ -77,10 +79,19 @@ void place_row(const Heads& job, int64_t row) {
   for (int64_t i = 0; i < width; ++i) from_float(head[i], value + i);
 }
 
+constexpr int64_t ROWS_PER_CHUNK = 16;
+
+template <typename Function>
+void for_rows(int64_t rows, int64_t threads, Function&& function) {
+  parallel(int(threads), (rows + ROWS_PER_CHUNK - 1) / ROWS_PER_CHUNK, [&](int64_t chunk) {
+    const int64_t end = std::min(rows, (chunk + 1) * ROWS_PER_CHUNK);
+    for (int64_t row = chunk * ROWS_PER_CHUNK; row < end; ++row) function(row);
+  });
+}
+
 template <typename T>
-void place(const Heads& job, int64_t rows, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) place_row<T>(job, row);
+void place(const Heads& job, int64_t rows, int64_t threads) {
+  for_rows(rows, threads, [&](int64_t row) { place_row<T>(job, row); });
 }
 
 }  // namespace
@@ -90,11 +101,10 @@ extern "C" {
 
 void baton_rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t width,
                     const float* residual, float* y, int64_t threads) {
-#pragma omp parallel for num_threads(int(threads)) schedule(static) if (threads > 1 && rows > 8)
-  for (int64_t row = 0; row < rows; ++row) {
+  baton::for_rows(rows, threads, [&](int64_t row) {
     baton::norm_row(x + row * width, weight, eps, width,
                     residual ? residual + row * width : nullptr, y + row * width);
-  }
+  });
 }
 
 // Norm (where given) and rotate Q and K in place; store K and V at their slots.
@@ -104,13 +114,12 @@ void baton_place_heads(float* qkv, int64_t rows, int64_t heads, int64_t kv_heads
                        const int64_t* slots, int64_t threads) {
   const baton::Heads job{qkv,    heads,  kv_heads, dim,  half,   cos,  sin,
                          q_norm, k_norm, eps,      keys, values, slots};
-  const int used = rows > 8 ? int(threads) : 1;
   if (kv_type == 0) {
-    baton::place<float>(job, rows, used);
+    baton::place<float>(job, rows, threads);
   } else if (kv_type == 1) {
-    baton::place<baton::bf16>(job, rows, used);
+    baton::place<baton::bf16>(job, rows, threads);
   } else {
-    baton::place<baton::f16>(job, rows, used);
+    baton::place<baton::f16>(job, rows, threads);
   }
 }
 }
