@@ -113,7 +113,7 @@ def _check(path: Path, name: str, source: Tensor, whole: Destination) -> None:
 
 
 def _fill(source: Tensor, to: Destination, whole: Destination, shard: Shard) -> None:
-    """``source`` views the mapped file: only what is copied of it is read."""
+    """``source`` views the mapped file: only the pages that hold what is copied are read."""
     if to.summed and shard.rank > 0:
         to.view.zero_()
         return
