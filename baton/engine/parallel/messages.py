@@ -6,7 +6,7 @@ and then plans, answered while starting only; *kv* carries requests, each answer
 
 from __future__ import annotations
 
-from dataclasses import fields
+from inspect import signature
 from types import GenericAlias
 from typing import Any, get_type_hints
 
@@ -28,6 +28,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     num_threads: int
+    max_model_len: int | None = None
     deterministic: bool = False
     rank: int = 0
     num_ranks: int = 1
@@ -92,8 +93,8 @@ KvRequest = ReadKv | WriteKv
 
 _FOR_SAMPLING = ("sampling", "prompt_ids", "output_ids")
 """What of a chunk stays on rank 0; whatever else a chunk ever has goes to the ranks."""
-_CHUNK_FIELDS = tuple(f.name for f in fields(SequenceChunk) if f.name not in _FOR_SAMPLING)
-_PLAN_FIELDS = tuple(f.name for f in fields(StepPlan) if f.name != "chunks")
+_CHUNK_FIELDS = tuple(n for n in signature(SequenceChunk).parameters if n not in _FOR_SAMPLING)
+_PLAN_FIELDS = tuple(n for n in signature(StepPlan).parameters if n != "chunks")
 
 
 def _positional(name: str, hints: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -58,25 +59,28 @@ def test_requests_and_payloads_arrive_as_they_were_sent(
 
 
 def test_a_plan_arrives_with_all_that_the_forward_pass_looks_at() -> None:
+    fields: dict[str, Any] = {
+        "seq_id": "s",
+        "token_ids": (4, 5),
+        "start": 3,
+        "block_table": (9,),
+        "samples": True,
+        "num_prompt_logprobs": 2,
+        "layer_start": 1,
+        "num_layers": 2,
+    }
     chunk = SequenceChunk(
-        "s",
-        (4, 5),
-        3,
-        (9,),
-        True,
-        SamplingParams(seed=3),
+        sampling=SamplingParams(seed=3),
         prompt_ids=(1,) * 1_000,
         output_ids=[2] * 1_000,
-        num_prompt_logprobs=2,
-        layer_start=1,
-        num_layers=2,
+        **fields,
     )
     plan = StepPlan(8, (chunk,), ("gone",), (BlockSwap(1, 2),), (BlockSwap(3, 4),))
     body = encode_plan(plan)
     assert len(body) < 100, "what only sampling looks at stays here"
     arrived = plan_of(msgspec.msgpack.decode(body, type=PlanForRanks))
-    sent = replace(chunk, sampling=arrived.chunks[0].sampling)
-    assert arrived == replace(plan, chunks=(sent,))
+    carried = SequenceChunk(sampling=arrived.chunks[0].sampling, **fields)
+    assert arrived == replace(plan, chunks=(carried,))
 
 
 def test_an_end_that_is_closed(ends: tuple[Channel, socket.socket]) -> None:
