@@ -11,6 +11,7 @@ import pytest
 from baton.protocol.config import ClusterConfig, Replicas
 from cluster.load import load_config, parse_config
 from cluster.problems import ConfigErrors
+from cluster.ray_launcher import bundle
 
 EXAMPLES = Path(__file__).parents[3] / "deploy" / "examples"
 
@@ -176,6 +177,28 @@ def test_cache_that_cannot_hold_one_request() -> None:
     assert (line, path) == (8, "pools[1].engine.num_blocks")
     assert "at least 63 blocks" in message
     assert parse(text.replace("decode", "decode\n    engine: {num_blocks: 63}"))
+
+
+def test_more_ranks_than_the_checkpoint_has_parts() -> None:
+    text = GOOD.replace("role: prefill", "role: prefill\n    tensor_parallel: SIZE")
+    assert parse(text.replace("SIZE", "2")).pools[0].tensor_parallel == 2
+    line, path, message = only(text.replace("SIZE", "8"))
+    assert (line, path) == (6, "pools[0].tensor_parallel")
+    assert "num_key_value_heads 2 is not a multiple of 8" in message
+    assert message.endswith("allowed here: 1, 2")
+    for value in ("0", "65", "two", "1.5"):
+        _, path, message = only(text.replace("SIZE", value))
+        assert path == "pools[0].tensor_parallel"
+        assert "a whole number from 1 to 64" in message
+
+
+def test_a_worker_of_several_ranks_reserves_a_gpu_for_each() -> None:
+    text = GOOD.replace(
+        "role: prefill", "role: prefill\n    tensor_parallel: 2\n    placement: {device: cuda}"
+    )
+    prefill, decode = parse(text).pools
+    assert bundle(prefill) == {"CPU": 0.5, "GPU": 2.0}
+    assert bundle(decode) == {"CPU": 0.5}
 
 
 def test_length_beyond_the_checkpoint() -> None:
