@@ -86,7 +86,7 @@ def _check_roles(pools: Mapping[str, PoolConfig]) -> Iterator[Found]:
 def _check_model(model: ModelConfig, pools: Mapping[str, PoolConfig]) -> Iterator[Found]:
     limit = None
     try:
-        spec = load_spec(resolve(model.path))
+        spec = load_spec(resolve(model.path), model.max_model_len)
         limit = spec.max_position_embeddings
         yield from _check_split(spec, pools)
     except ConfigError as exc:

@@ -115,7 +115,7 @@ class RouterService:
 
 def _model_info(config: ModelConfig) -> ModelInfo:
     folder = resolve(config.path)
-    spec = load_spec(folder)
+    spec = load_spec(folder, config.max_model_len)
     limit = config.max_model_len or spec.max_position_embeddings
     if limit > spec.max_position_embeddings:
         raise ConfigError(

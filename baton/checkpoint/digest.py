@@ -20,14 +20,17 @@ WHOLE_FILE_BYTES = 64 * 2**20
 SAMPLE_BYTES = 256
 
 
-def model_digest(folder: Path) -> str:
+def model_digest(folder: Path, variant: str = "") -> str:
     """32 hex digits over config.json, safetensors headers, sizes and a sample of every tensor.
 
     Small files count in full. In larger ones each tensor gives its first, middle and last
-    256 bytes: a fine-tune changes all of them, one edited element may pass unseen.
+    256 bytes: a fine-tune changes all of them, one edited element may pass unseen. variant: of
+    ``ModelSpec``.
     """
     digest = hashlib.blake2b(digest_size=16)
     try:
+        if variant:
+            _add(digest, variant.encode())
         _add(digest, (folder / CONFIG_FILE).read_bytes())
         for path in weight_files(folder):
             size = path.stat().st_size

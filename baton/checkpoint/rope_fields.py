@@ -31,7 +31,8 @@ class RopeSpec:
     yarn: pairs that turn more than beta_fast times within the original positions are kept, those
       below beta_slow are compressed, the rest is interpolated; truncated: bounds are whole pairs.
     dynamic: theta grows with the position beyond the original ones.
-    longrope: divisors, one per pair of elements, lengthen each wavelength.
+    longrope: divisors, one per pair of elements, lengthen each wavelength; beyond_original: they
+      are those for sequences longer than the original ones.
     attention_factor: on cos and sin (yarn, longrope), so on scores as its square.
     rotary_dim: the first elements of a head that are turned; 0 for all of them.
     """
@@ -47,14 +48,17 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncated: bool = True
     divisors: tuple[float, ...] = ()
+    beyond_original: bool = False
     rotary_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RopeContext:
-    """What the RoPE fields depend on beside themselves."""
+    """What the RoPE fields depend on beside themselves. max_model_len: the longest sequence that
+    is to be served, None for no wish."""
 
     max_positions: int
+    max_model_len: int | None
     head_dim: int
     default_theta: float
     partial_rotary: bool
@@ -98,7 +102,7 @@ def reach(rope: RopeSpec, max_positions: int) -> int:
     """Positions that can be served, from ``max_position_embeddings``.
 
     dynamic and yarn are there to reach further than the field says. longrope turns short and
-    long sequences differently, which a cache of turned keys cannot follow: the short ones run.
+    long sequences differently, which a cache of turned keys cannot follow from one to the other.
     """
     if rope.kind == "dynamic":
         return min(MAX_POSITIONS, int(max_positions * rope.factor))
@@ -106,7 +110,7 @@ def reach(rope: RopeSpec, max_positions: int) -> int:
         return min(
             MAX_POSITIONS, max(max_positions, int(rope.original_max_positions * rope.factor))
         )
-    if rope.kind == "longrope":
+    if rope.kind == "longrope" and not rope.beyond_original:
         return min(max_positions, rope.original_max_positions)
     return max_positions
 
@@ -217,8 +221,9 @@ def _yarn_attention_factor(scaling: Fields, factor: float) -> float:
 def _longrope(given: _Reading) -> RopeSpec:
     scaling, original = given.scaling, given.original()
     num_pairs = (given.rotary_dim or given.context.head_dim) // 2
-    divisors = scaling.numbers("short_factor", 1e-3, MAX_FACTOR, num_pairs)
-    scaling.numbers("long_factor", 1e-3, MAX_FACTOR, num_pairs)
+    short = scaling.numbers("short_factor", 1e-3, MAX_FACTOR, num_pairs)
+    long = scaling.numbers("long_factor", 1e-3, MAX_FACTOR, num_pairs)
+    beyond_original = (given.context.max_model_len or 0) > original
     factor = given.context.max_positions / original
     if scaling.has("factor"):
         factor = given.factor()
@@ -234,7 +239,8 @@ def _longrope(given: _Reading) -> RopeSpec:
         theta=given.theta,
         original_max_positions=original,
         attention_factor=attention_factor,
-        divisors=divisors,
+        divisors=long if beyond_original else short,
+        beyond_original=beyond_original,
         rotary_dim=given.rotary_dim,
     )
 

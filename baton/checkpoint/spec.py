@@ -94,9 +94,17 @@ class ModelSpec:
     dtype: str
     names: TensorNames
 
+    @property
+    def variant(self) -> str:
+        """What tells its KV from that of another spec of the same folder; mostly nothing."""
+        return "beyond_original" if any(rope.beyond_original for rope in self.ropes) else ""
 
-def load_spec(folder: Path) -> ModelSpec:
+
+def load_spec(folder: Path, max_model_len: int | None = None) -> ModelSpec:
     """Read config.json (old or new spelling) and generation_config.json of ``folder``.
+
+    max_model_len: the longest sequence that is to be served. It decides how a model with longrope
+    turns all its sequences; without it, that is the way of the short ones.
 
     Raises UnsupportedModel for what this engine does not run and ConfigError for what is
     missing, of a wrong type or beyond a cap; both name the field, its value and the way out.
@@ -113,7 +121,13 @@ def load_spec(folder: Path) -> ModelSpec:
     biases = family.biases(config)
     windows = family.sliding_windows(config, num_layers)
     experts = family.experts(config, num_layers)
-    context = RopeContext(max_positions, head_dim, family.default_theta, family.partial_rotary)
+    context = RopeContext(
+        max_positions=max_positions,
+        max_model_len=max_model_len,
+        head_dim=head_dim,
+        default_theta=family.default_theta,
+        partial_rotary=family.partial_rotary,
+    )
     ropes = family.ropes(config, windows, context)
     bos_token_id, eos_token_ids = _read_special_ids(folder, config, vocab_size)
     return ModelSpec(

@@ -80,6 +80,7 @@ class Executor:
         num_blocks: int,
         block_size: int,
         num_threads: int,
+        max_model_len: int | None = None,
         deterministic: bool = False,
         tensor_parallel: int = 1,
         rank_deadline_s: float = STEP_DEADLINE_S,
@@ -89,6 +90,7 @@ class Executor:
 
         dtype: of the KV cache, the weights and, on a GPU, the arithmetic; a CPU computes in
         float32 on what it reads in that dtype. Sets the process's compute threads.
+        max_model_len: the longest sequence, for models that turn long ones another way.
         deterministic: a request's logits are bitwise the same whatever shares its batch and
         however it is cut into chunks (see ``models.backends``).
         tensor_parallel: processes over which the model is split, this one and children of the
@@ -104,6 +106,7 @@ class Executor:
             num_blocks=num_blocks,
             block_size=block_size,
             num_threads=num_threads,
+            max_model_len=max_model_len,
             deterministic=deterministic,
             num_ranks=tensor_parallel,
         )
@@ -125,7 +128,7 @@ class Executor:
         Raises as ``load`` does, before anything is allocated."""
         device = _device(settings)
         _dtype(settings.dtype)
-        spec = load_spec(Path(settings.folder))
+        spec = load_spec(Path(settings.folder), settings.max_model_len)
         refused = refusals(spec, settings.num_ranks)
         if refused:
             raise ConfigError(
@@ -157,7 +160,7 @@ class Executor:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             dtype=settings.dtype,
-            model_digest=model_digest(folder),
+            model_digest=model_digest(folder, spec.variant),
         )
         with torch.inference_mode():
             parameters = load_parameters(

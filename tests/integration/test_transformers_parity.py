@@ -198,7 +198,7 @@ def test_a_spec_that_is_wrong_shows(
     plan = StepPlan(0, (SequenceChunk("s", prompt, 0, tuple(range(13)), True, GREEDY),))
     right = load(tmp_path).forward_logits(plan)
     changed = change(load_spec(tmp_path))
-    monkeypatch.setattr(executor_module, "load_spec", lambda folder: changed)
+    monkeypatch.setattr(executor_module, "load_spec", lambda folder, max_model_len: changed)
     wrong = load(tmp_path).forward_logits(plan)
     assert (right - wrong).abs().max() > 30 * MAX_LOGIT_DIFFERENCE
 
@@ -223,6 +223,25 @@ def test_dynamic_scaling_is_that_of_token_by_token_generation(tmp_path: Path) ->
     whole = reference_logits(model, sequences[2])
     ours = torch.stack(sequences[2].logits)
     assert (whole - ours).abs().max() > 100 * MAX_LOGIT_DIFFERENCE
+
+
+def test_longrope_is_made_for_long_sequences_where_they_are_asked_for(tmp_path: Path) -> None:
+    sizes = SIZES | {"max_position_embeddings": 1024, "original_max_position_embeddings": 128}
+    config = transformers.Phi3Config(**sizes, rope_parameters=dict(LONGROPE))
+    save_random_model(config, tmp_path)
+    short, long = load(tmp_path), load(tmp_path, max_model_len=512)
+    assert short.spec.max_position_embeddings == 128
+    assert long.spec.max_position_embeddings == 1024
+    assert short.layout.model_digest != long.layout.model_digest
+
+    rng = np.random.default_rng(19)
+    sequences = make_sequences(long.spec.vocab_size, (130, 200, 333), rng)
+    run_greedy(long, sequences, rng)
+    model = load_reference(tmp_path)
+    seen = Comparison()
+    for s in sequences:
+        seen.add(s, reference_logits(model, s))
+    assert seen.num_tokens == 3 * NUM_TOKENS
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,13 @@ def save_random_model(config: transformers.PretrainedConfig, folder: Path) -> No
     model.save_pretrained(folder, max_shard_size="60KB")
 
 
-def load(folder: Path, dtype: str = "float32", *, deterministic: bool = False) -> Executor:
+def load(
+    folder: Path,
+    dtype: str = "float32",
+    *,
+    deterministic: bool = False,
+    max_model_len: int | None = None,
+) -> Executor:
     return Executor.load(
         folder,
         dtype=dtype,
@@ -202,6 +208,7 @@ def load(folder: Path, dtype: str = "float32", *, deterministic: bool = False) -
         block_size=BLOCK_SIZE,
         num_threads=1,
         deterministic=deterministic,
+        max_model_len=max_model_len,
     )
 
 

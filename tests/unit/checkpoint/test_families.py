@@ -176,13 +176,19 @@ def test_phi3(tmp_path: Path) -> None:
     assert spec.names.qkv == ("self_attn.qkv_proj",)
 
 
-def test_phi4_turns_part_of_a_head_and_serves_its_short_range(tmp_path: Path) -> None:
+def test_phi4_turns_part_of_a_head_and_its_range_is_short_or_long(tmp_path: Path) -> None:
     spec = load(tmp_path, PHI4_MINI)
     rope = spec.ropes[0]
     assert (rope.kind, rope.rotary_dim, len(rope.divisors)) == ("longrope", 96, 48)
     assert rope.divisors[-1] == 1.5
     assert rope.attention_factor == pytest.approx(1.1902380714238083)
     assert spec.max_position_embeddings == 4096
+    assert load(tmp_path, PHI4_MINI).variant == ""
+    long = load_spec(tmp_path, max_model_len=32_768)
+    assert long.ropes[0].divisors[-1] == 48.0
+    assert long.max_position_embeddings == 131_072
+    assert long.variant == "beyond_original"
+    assert load_spec(tmp_path, max_model_len=4_096) == spec
     for name in ("su", "yarn"):
         scaling = PHI4_MINI["rope_scaling"] | {"type": name}
         assert load(tmp_path, PHI4_MINI, rope_scaling=scaling) == spec
