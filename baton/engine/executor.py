@@ -16,6 +16,7 @@ from torch import Tensor
 
 from baton.checkpoint.digest import model_digest
 from baton.checkpoint.spec import ModelSpec, load_spec
+from baton.engine.cuda_graphs import CudaRecorder, DecodeGraphs
 from baton.engine.kv_cache import Bytes, KvCache
 from baton.engine.models.backends import backend_for
 from baton.engine.models.decoder import Decoder
@@ -54,6 +55,7 @@ class Executor:
         device: torch.device,
         ranks: Ranks | None,
         grammars: GrammarStore,
+        graphs: DecodeGraphs | None,
     ) -> None:
         self.spec = spec
         self.grammars = grammars
@@ -61,6 +63,7 @@ class Executor:
         self.layout = layout
         self._ranks = ranks
         self._decoder = decoder
+        self._graphs = graphs
         self._cache = cache
         self._sampler = Sampler(spec.eos_token_ids)
         self._shape = StepShape(
@@ -182,7 +185,10 @@ class Executor:
             grammars = GrammarStore(
                 Vocabulary(folder / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
             )
-            return cls(spec, layout, decoder, cache, device, ranks, grammars)
+            graphs = None
+            if device.type == "cuda" and group is ALONE:
+                graphs = DecodeGraphs(lambda i: decoder.forward(i, cache), CudaRecorder(device))
+            return cls(spec, layout, decoder, cache, device, ranks, grammars, graphs)
 
     @property
     def rank_fds(self) -> tuple[int, ...]:
@@ -259,6 +265,9 @@ class Executor:
     def _logits(self, plan: StepPlan, score: Callable[[Tensor], None] | None = None) -> Tensor:
         inputs = build_inputs(plan, self._shape)
         if self._ranks is None:
+            replayed = None if self._graphs is None else self._graphs.logits(inputs)
+            if replayed is not None:
+                return replayed
             return self._decoder.forward(inputs, self._cache, score)
         # Only what this rank takes for a plan goes to the others.
         with self._ranks.step(plan):
