@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
+from msgspec.structs import replace
 
 from baton.protocol.sampling import SamplingParams, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceChunk:
+class SequenceChunk(msgspec.Struct, frozen=True, gc=False, eq=False):
     """Run ``token_ids`` of one sequence at positions ``start .. start + len(token_ids) - 1``.
 
     block_table: block ids that cover positions 0 .. start + len(token_ids) - 1; KV of
       positions below ``start`` is already in them.
     samples: draw the next token from the last position's logits (the chunk ends the known
       tokens). Its position, which keys the draw, is ``start + len(token_ids)``.
+    num_drafts: so many of ``token_ids``, at the end, are guesses. A token is drawn behind the
+      last known one and behind each draft, as long as every draft so far is what was drawn
+      in its place: 1 to ``num_drafts + 1`` tokens come of the chunk, and KV of the drafts that
+      were wrong is overwritten later.
     prompt_ids, output_ids: all that the sequence has, for what looks back (penalties, bad
       words). ``output_ids`` is the sequence's own list, which grows when the step completes:
       read it during the step, keep no reference.
@@ -32,11 +38,21 @@ class SequenceChunk:
     block_table: tuple[int, ...]
     samples: bool
     sampling: SamplingParams
-    prompt_ids: tuple[int, ...] = field(default=(), compare=False)
-    output_ids: Sequence[int] = field(default=(), compare=False)
+    prompt_ids: tuple[int, ...] = ()
+    output_ids: Sequence[int] = ()
     num_prompt_logprobs: int = -1
     layer_start: int = 0
     num_layers: int = 0
+    num_drafts: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        """Of what is to be run; what looks back follows from it."""
+        if not isinstance(other, SequenceChunk):
+            return NotImplemented
+        bare, bare_other = (replace(c, prompt_ids=(), output_ids=()) for c in (self, other))
+        return msgspec.structs.astuple(bare) == msgspec.structs.astuple(bare_other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +111,13 @@ class FailedSequence:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """``sampled`` in the order of the plan's chunks that sample; ``prompt_logprobs`` of the
-    chunks that asked for them and predict a prompt token. failed: sequences that cannot go on;
-    what ``sampled`` has of them means nothing. compute_seconds: the forward pass;
-    the copies of swaps are apart."""
+    """What came of a step.
+
+    sampled: in the order of the plan's chunks that sample, several of a chunk with drafts.
+    prompt_logprobs: of the chunks that asked for them and predict a prompt token. failed:
+    sequences that cannot go on; what ``sampled`` has of them means nothing.
+    compute_seconds: the forward pass; the copies of swaps are apart.
+    """
 
     step: int
     sampled: tuple[SampledToken, ...]

@@ -50,7 +50,8 @@ class RateMeter:
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Only steps that are mostly prefill say what prefill costs."""
         rates = self.rates
-        num_chunks, num_tokens = len(plan.chunks), plan.num_tokens
+        num_chunks = len(plan.chunks)
+        num_tokens = plan.num_tokens - sum(c.num_drafts for c in plan.chunks)
         prefill = rates.prefill_seconds_per_token
         if num_tokens >= 2 * num_chunks and num_tokens > num_chunks and result.compute_seconds > 0:
             prefill = _mean(prefill, result.compute_seconds / num_tokens)

@@ -66,10 +66,10 @@ class PrefixCache:
         for key in sequence.keys(count, size)[sequence.num_named : count]:
             self._computing.setdefault(key, sequence)
 
-    def computed(self, sequence: Sequence) -> list[BlockKey]:
+    def computed(self, sequence: Sequence, num_computed: int) -> list[BlockKey]:
         """Publish what has become full; the keys whose waiters may look again."""
         size = self._pool.block_size
-        count = sequence.num_computed // size
+        count = num_computed // size
         keys = sequence.keys(count, size)
         settled = []
         for number in range(sequence.num_named, count):

@@ -6,22 +6,29 @@ here, as in vLLM's V1 scheduler: a sequence knows ``tokens`` and has KV for the 
 
 Sequences that run one token come first, so a prompt's chunks never stall a decode
 (Sarathi-Serve, section 4); what is left of the token budget goes to prompts, to the last
-token. Waiting ones are admitted whole (blocks for all tokens they know), so that two
-half-admitted prompts cannot starve each other. When a running sequence cannot grow, the
-least urgent one is preempted: its blocks go, and it waits to be recomputed or copied back.
+token. When a running sequence cannot grow, the least urgent one is preempted: its blocks go,
+and it waits to be recomputed or copied back.
+
+Who waits, who runs, who is let in, what is shared, swapped, guessed or on its way through the
+layers: each is a file of its own beside this one, which puts the steps together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Many
 
+from baton.engine.admission import Admission
 from baton.engine.block_pool import BlockPool
 from baton.engine.host_swap import HostSwap
+from baton.engine.layered import LayeredPrefill
 from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
 from baton.engine.preemption import EngineRates
-from baton.engine.prefix_cache import NOTHING, PrefixCache
+from baton.engine.prefix_cache import PrefixCache
 from baton.engine.running_set import RunningSet
-from baton.engine.sequence import FinishReason, NewToken, SchedulerCounts, Sequence
+from baton.engine.sequence import FinishReason, NewToken, SchedulerCounts, Sequence, finish
+from baton.engine.speculation import Speculator
+from baton.engine.steady import decode_batch, steps_alike
 from baton.engine.wait_queue import WaitQueue
 from baton.protocol.block_hash import BlockKey
 from baton.protocol.config import EngineConfig
@@ -34,6 +41,7 @@ class Scheduler:
 
     Blocks of a sequence dropped meanwhile stay its own until ``complete``: the engine may
     still be writing to them. block_bytes: of one KV block, all layers (for ``swap_blocks``).
+    num_layers: of the model (for ``prefill_mode: layered``).
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         *,
         block_bytes: int = 0,
+        num_layers: int = 1,
     ) -> None:
         self.pool = pool
         self._config = config
@@ -52,6 +61,13 @@ class Scheduler:
         self._running = RunningSet()
         self._cache = PrefixCache(pool) if config.prefix_cache else None
         self._swap = HostSwap(pool, config.swap_blocks, block_bytes) if config.swap_blocks else None
+        self._speculator: Speculator | None = None
+        if config.speculation == "prompt_lookup":
+            self._speculator = Speculator(pool.block_size, eos_token_ids)
+        self._layered = LayeredPrefill(num_layers) if config.prefill_mode == "layered" else None
+        self._admission = Admission(
+            config, pool, self._waiting, self._running, self._cache, self._swap
+        )
         self._in_flight: StepPlan | None = None
         self._batch: list[Sequence] = []
         """The sequences of the step in flight, in the order of its chunks."""
@@ -59,9 +75,7 @@ class Scheduler:
         self._num_steps = 0
         self._num_arrived = 0
         self._num_preemptions = 0
-        self._num_blocked = 0
         self._gone: list[str] = []
-        self._watermark_blocks = int(config.watermark * pool.num_blocks)
 
     @property
     def num_running(self) -> int:
@@ -80,10 +94,12 @@ class Scheduler:
         cache, swap = self._cache, self._swap
         return SchedulerCounts(
             num_preemptions=self._num_preemptions,
-            num_blocked=self._num_blocked,
+            num_blocked=self._admission.num_blocked,
             num_swapped_out=swap.num_swapped_out if swap else 0,
             num_cache_queried_tokens=cache.num_queried_tokens if cache else 0,
             num_cache_hit_tokens=cache.num_hit_tokens if cache else 0,
+            num_draft_tokens=self._speculator.num_drafted if self._speculator else 0,
+            num_accepted_draft_tokens=self._speculator.num_accepted if self._speculator else 0,
         )
 
     @property
@@ -154,6 +170,8 @@ class Scheduler:
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.seq_id]
         self._gone.append(sequence.seq_id)
+        if self._speculator is not None:
+            self._speculator.forget(sequence.seq_id)
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         else:
@@ -162,6 +180,8 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         """It runs no more: whoever waits for what it was to compute may look again."""
         self._running.remove(sequence)
+        if self._layered is not None:
+            self._layered.left(sequence)
         if self._cache is not None:
             self._wake(self._cache.left(sequence))
 
@@ -181,25 +201,19 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run now."""
         assert self._in_flight is None, "one step at a time"
-        budget = self._config.max_num_batched_tokens
         num_preempted = self._num_preemptions
-        size = self.pool.block_size
-        chunks: list[SequenceChunk] = []
+        most = self._config.max_num_batched_tokens
         self._batch = []
-        prompts: list[Sequence] = []
-        for sequence in self._running.in_order():
-            if sequence.num_tokens - sequence.num_computed > 1:
-                prompts.append(sequence)
-            elif budget > 0 and sequence.block_table:
-                has_room = len(sequence.block_table) * size > sequence.num_computed
-                if has_room or self._grow(sequence):
-                    chunks.append(self._chunk(sequence, 1))
-                    budget -= 1
-        for sequence in prompts:
-            if budget > 0 and sequence.block_table:
-                budget -= self._add_prompt(sequence, budget, chunks)
-        if self._num_preemptions == num_preempted:
-            self._admit(budget, chunks)
+        chunks, prompts = self._decodes(most)
+        # What a preemption freed is for those that run.
+        admits = self._num_preemptions == num_preempted
+        if self._layered is None:
+            chosen = self._prompts(prompts, most - len(chunks), admits)
+            chunks += [self._chunk(sequence, count) for sequence, count in chosen]
+        else:
+            chunks += self._layer_group(self._layered, prompts, most - len(chunks), admits)
+        if self._speculator is not None:
+            self._speculator.extend(chunks, self._batch, most, self._spare_block)
         swap_out, swap_in = self._swap.planned() if self._swap else ((), ())
         if not chunks and not swap_out:
             return None
@@ -208,69 +222,88 @@ class Scheduler:
         self._in_flight = StepPlan(self._num_steps, tuple(chunks), gone, swap_out, swap_in)
         return self._in_flight
 
-    def _add_prompt(self, sequence: Sequence, budget: int, chunks: list[SequenceChunk]) -> int:
-        """Its next tokens, as many as the budget has; their number."""
-        count = min(sequence.num_tokens - sequence.num_computed, budget)
-        chunks.append(self._chunk(sequence, count))
-        return count
-
-    def _admit(self, budget: int, chunks: list[SequenceChunk]) -> None:
-        seats = self._config.max_num_seqs
-        while budget > 0 and len(self._running) < seats:
-            sequence = self._waiting.peek()
-            # Each look at a parked one costs time: no more of them than could ever run.
-            if sequence is None or self._waiting.num_parked >= seats:
-                return
-            found = NOTHING if self._cache is None else self._cache.find(sequence)
-            if found.awaited is not None and not sequence.host_blocks:
-                self._waiting.park(sequence, found.awaited)
+    def _decodes(self, budget: int) -> tuple[list[SequenceChunk], list[Sequence]]:
+        """A chunk for each sequence that runs one token; those that have more to run."""
+        size, batch = self.pool.block_size, self._batch
+        chunks: list[SequenceChunk] = []
+        prompts: list[Sequence] = []
+        for sequence in self._running.in_order():
+            start, outputs = sequence.num_computed, sequence.output_ids
+            if len(sequence.prompt_ids) + len(outputs) - start > 1:
+                prompts.append(sequence)
                 continue
-            if not self._fits(sequence, found.blocks):
-                self._num_blocked += 1
-                return
-            self._waiting.remove(sequence)
-            self._seat(sequence, found.blocks)
-            budget -= self._add_prompt(sequence, budget, chunks)
+            # One that was preempted a moment ago has no blocks.
+            if len(chunks) == budget or not sequence.block_table:
+                continue
+            needed = start // size + 1
+            if len(sequence.block_table) < needed and not self._grow(sequence):
+                continue
+            table = sequence.block_table
+            batch.append(sequence)
+            chunks.append(
+                SequenceChunk(
+                    sequence.seq_id,
+                    (outputs[-1],) if outputs else sequence.prompt_ids[-1:],
+                    start,
+                    table if len(table) == needed else table[:needed],
+                    True,
+                    sequence.sampling,
+                    sequence.prompt_ids,
+                    outputs,
+                )
+            )
+        return chunks, prompts
 
-    def _fits(self, sequence: Sequence, found: tuple[int, ...]) -> bool:
-        """Found blocks that nobody holds count as free, but are not free for the rest."""
-        need = self.pool.blocks_for(sequence.num_tokens) - len(found)
-        unheld = sum(self.pool.num_holders(block) == 0 for block in found)
-        spare = self._watermark_blocks if self._running else 0
-        return need + unheld + spare <= self.pool.num_free
+    def _prompts(
+        self, prompts: list[Sequence], budget: int, admits: bool
+    ) -> list[tuple[Sequence, int]]:
+        """Who runs how many tokens of the rest of the budget: those that have begun, then new
+        ones."""
+        chosen = []
+        for sequence in prompts:
+            if budget > 0 and sequence.block_table:
+                count = min(sequence.num_tokens - sequence.num_computed, budget)
+                chosen.append((sequence, count))
+                budget -= count
+        return chosen + self._admission.admit(budget) if admits else chosen
 
-    def _seat(self, sequence: Sequence, found: tuple[int, ...]) -> None:
-        """Give it its blocks, and KV for as many of its tokens as there is somewhere."""
-        need = self.pool.blocks_for(sequence.num_tokens) - len(found)
-        self.pool.share(sequence.seq_id, found)
-        sequence.block_table = found + tuple(self.pool.allocate(sequence.seq_id, need))
-        sequence.num_named = len(found)
-        sequence.num_cached = len(found) * self.pool.block_size
-        if sequence.host_blocks:
-            assert self._swap is not None
-            self._swap.back(sequence, len(found))
-        sequence.num_computed = max(sequence.num_computed, sequence.num_cached)
-        self._running.add(sequence)
-        if self._cache is not None:
-            self._cache.admitted(sequence)
+    def _layer_group(
+        self, layered: LayeredPrefill, prompts: list[Sequence], budget: int, admits: bool
+    ) -> list[SequenceChunk]:
+        """The next group of layers of the prompts on their way, or the first of a new batch."""
+        alone = []
+        if layered.is_under_way:
+            chosen = [(s, layered.count(s)) for s in prompts if layered.count(s)]
+        else:
+            both = self._prompts(prompts, layered.most_tokens(budget), admits)
+            # With one token to run there is nothing to spread over steps.
+            alone = [self._chunk(s, n) for s, n in both if s.num_tokens - s.num_computed == 1]
+            chosen = [(s, n) for s, n in both if s.num_tokens - s.num_computed > 1]
+            layered.begin(chosen, budget)
+        return alone + [self._chunk(s, n, layered) for s, n in chosen]
 
-    def _chunk(self, sequence: Sequence, count: int) -> SequenceChunk:
+    def _chunk(
+        self, sequence: Sequence, count: int, layered: LayeredPrefill | None = None
+    ) -> SequenceChunk:
         start = sequence.num_computed
         stop = start + count
-        table = sequence.block_table
-        needed = -(-stop // self.pool.block_size)
-        asks = sequence.prompt_logprobs is not None and start + 1 < len(sequence.prompt_ids)
+        ends = layered is None or layered.is_last
+        layer_start, num_layers = (0, 0) if layered is None else layered.layers
+        asks = ends and sequence.prompt_logprobs is not None
+        asks = asks and start + 1 < len(sequence.prompt_ids)
         self._batch.append(sequence)
         return SequenceChunk(
-            sequence.seq_id,
-            sequence.tokens(start, stop),
-            start,
-            table if len(table) == needed else table[:needed],
-            stop == sequence.num_tokens,
-            sequence.sampling,
-            sequence.prompt_ids,
-            sequence.output_ids,
-            sequence.sampling.num_prompt_logprobs if asks else -1,
+            seq_id=sequence.seq_id,
+            token_ids=sequence.tokens(start, stop),
+            start=start,
+            block_table=sequence.block_table[: self.pool.blocks_for(stop)],
+            samples=ends and stop == sequence.num_tokens,
+            sampling=sequence.sampling,
+            prompt_ids=sequence.prompt_ids,
+            output_ids=sequence.output_ids,
+            num_prompt_logprobs=sequence.sampling.num_prompt_logprobs if asks else -1,
+            layer_start=layer_start,
+            num_layers=num_layers,
         )
 
     # --- growth and preemption ----------------------------------------------------------
@@ -290,6 +323,13 @@ class Scheduler:
             assert swap is not None
             blocks = swap.reuse(sequence.seq_id, 1)
         sequence.block_table += tuple(blocks)
+        return True
+
+    def _spare_block(self, sequence: Sequence) -> bool:
+        """One more block for its drafts, of those that nobody will need soon."""
+        if self.pool.num_free <= max(self._admission.watermark_blocks, len(self._running)):
+            return False
+        sequence.block_table += tuple(self.pool.allocate(sequence.seq_id, 1))
         return True
 
     def _preempt(self, victim: Sequence) -> None:
@@ -316,19 +356,47 @@ class Scheduler:
             found = self._sequences[part.seq_id].prompt_logprobs
             assert found is not None
             found[part.start - 1 :] = part.logprobs
-        drawn = iter(result.sampled)
+        drawn: dict[str, list[SampledToken]] = {}
+        for token in result.sampled:
+            drawn.setdefault(token.seq_id, []).append(token)
+        ends = self._layered is None or self._layered.is_last
+        size = self.pool.block_size
         news: list[NewToken] = []
         for chunk, sequence in zip(plan.chunks, batch, strict=True):
-            token = next(drawn) if chunk.samples else None
             if sequence.is_dropped:
                 self._remove(sequence)
                 self._free(sequence)
                 continue
-            self._computed(sequence, chunk.start + len(chunk.token_ids))
+            if chunk.num_layers and not ends:
+                continue
+            num_known = chunk.start + len(chunk.token_ids) - chunk.num_drafts
+            sequence.num_computed = num_known
             sequence.num_chunks += 1
-            if token is not None:
-                assert token.seq_id == chunk.seq_id, "samples come in the order of their chunks"
-                news.append(self._append(sequence, token))
+            if num_known // size > sequence.num_named:
+                self._name_blocks(sequence)
+            if chunk.samples:
+                tokens = drawn[chunk.seq_id]
+                if chunk.num_drafts:
+                    news += self._drawn(sequence, chunk, tokens)
+                else:
+                    news.append(self._append(sequence, tokens[0]))
+        if self._layered is not None:
+            self._layered.step_done()
+        return news
+
+    def _drawn(
+        self, sequence: Sequence, chunk: SequenceChunk, tokens: list[SampledToken]
+    ) -> list[NewToken]:
+        """Each token but the last was drafted, so its KV is there once it is output."""
+        if self._speculator is not None:
+            self._speculator.verified(chunk, len(tokens))
+        news = [self._append(sequence, tokens[0])]
+        for token in tokens[1:]:
+            if news[-1].finish_reason:
+                break
+            sequence.num_computed += 1
+            self._name_blocks(sequence)
+            news.append(self._append(sequence, token))
         return news
 
     def _end_step(self) -> list[Sequence]:
@@ -336,29 +404,27 @@ class Scheduler:
         self._in_flight, self._batch_ids = None, frozenset()
         return batch
 
-    def _computed(self, sequence: Sequence, num_computed: int) -> None:
-        sequence.num_computed = num_computed
-        if self._cache is not None and num_computed // self.pool.block_size > sequence.num_named:
-            self._wake(self._cache.computed(sequence))
+    def _name_blocks(self, sequence: Sequence) -> None:
+        if self._cache is not None:
+            self._wake(self._cache.computed(sequence, sequence.num_computed))
 
     def _append(self, sequence: Sequence, drawn: SampledToken) -> NewToken:
-        sequence.output_ids.append(drawn.token_id)
-        sampling = sequence.sampling
-        reason: FinishReason = ""
-        stop_token_id = -1
-        if drawn.token_id in sampling.stop_token_ids:
-            reason, stop_token_id = "stop", drawn.token_id
-        elif drawn.token_id in self._eos_token_ids and not sampling.ignore_eos:
-            reason = "stop"
-        elif len(sequence.output_ids) >= sampling.max_tokens:
-            reason = "length"
+        token_id = drawn.token_id
+        sequence.output_ids.append(token_id)
+        reason, stop_token_id = finish(sequence, token_id, self._eos_token_ids)
         if reason:
             self._remove(sequence)
             self._free(sequence)
         prompt_logprobs = tuple(sequence.prompt_logprobs or ())
         sequence.prompt_logprobs = None
         return NewToken(
-            sequence, drawn.token_id, drawn.logprobs, reason, stop_token_id, prompt_logprobs
+            sequence,
+            token_id,
+            drawn.logprobs,
+            reason,
+            stop_token_id,
+            prompt_logprobs,
+            len(sequence.output_ids) - 1,
         )
 
     def abandon_step(self) -> list[Sequence]:
@@ -376,6 +442,51 @@ class Scheduler:
             self._remove(sequence)
             self._free(sequence)
         return [sequence for sequence in batch if not sequence.is_dropped]
+
+    # --- many steps at once -------------------------------------------------------------
+
+    def steady_steps(self) -> int:
+        """After how many steps, each of the same decodes, something else may happen: a block
+        is needed, a sequence ends by its length, a waiting one may be let in."""
+        assert self._in_flight is None, "one step at a time"
+        budget = self._config.max_num_batched_tokens
+        batch = decode_batch(self._running, budget)
+        is_let_in = self._admission.next_fits() if len(batch) < budget else None
+        if is_let_in or self._speculator is not None:
+            return 0
+        watches = self._cache is not None and is_let_in is False
+        return steps_alike(batch, self.pool.block_size, until_full_block=watches)
+
+    def advance(self, num_steps: int, tokens: Mapping[str, Many[int]]) -> list[NewToken]:
+        """As so many times ``schedule`` and ``complete``, at most ``steady_steps()`` of them.
+
+        tokens: by sequence, what is drawn in each step; none of them may end it.
+        """
+        assert 0 < num_steps <= self.steady_steps()
+        budget = self._config.max_num_batched_tokens
+        batch = decode_batch(self._running, budget)
+        if len(batch) < budget and self._admission.next_fits() is False:
+            self._admission.num_blocked += num_steps
+        size = self.pool.block_size
+        full: list[tuple[int, int, int]] = []
+        news: list[list[NewToken]] = [[] for _ in range(num_steps)]
+        for place, sequence in enumerate(batch):
+            start = sequence.num_computed
+            for step, token_id in enumerate(tokens[sequence.seq_id][:num_steps]):
+                new = self._append(sequence, SampledToken(sequence.seq_id, token_id))
+                assert not new.finish_reason, f"token {token_id} ends {sequence.seq_id}"
+                news[step].append(new)
+            behind = sequence.num_computed = start + num_steps
+            sequence.num_chunks += num_steps
+            borders = range(start - start % size + size, behind + 1, size)
+            full += [(border - start, place, border) for border in borders]
+        # Of two blocks that hold the same, the one that was full first is found.
+        for _, place, border in sorted(full):
+            if self._cache is not None:
+                self._wake(self._cache.computed(batch[place], border))
+        self._num_steps += num_steps
+        self._gone = []
+        return [new for step in news for new in step]
 
     def check_integrity(self) -> list[str]:
         problems = self.pool.check_integrity() + self._waiting.check_integrity()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from baton.protocol.block_hash import EXACT, BlockKey, block_key, root_key
 from baton.protocol.sampling import SamplingParams, TokenLogprobs
 
@@ -72,8 +74,7 @@ class Sequence:
         return keys
 
 
-@dataclass(frozen=True, slots=True)
-class NewToken:
+class NewToken(msgspec.Struct, frozen=True, gc=False):
     """A token drawn for a sequence, and whether it was the last one."""
 
     sequence: Sequence
@@ -84,6 +85,22 @@ class NewToken:
     """-1 unless one of the request's own stop_token_ids ended it."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """With a sequence's first token, when it asked for them."""
+    place: int = 0
+    """In the sequence's output, from 0: a step may bring several."""
+
+
+def finish(
+    sequence: Sequence, token_id: int, eos_token_ids: frozenset[int]
+) -> tuple[FinishReason, int]:
+    """Whether ``token_id``, its newest, is its last: (reason, the stop token or -1)."""
+    sampling = sequence.sampling
+    if token_id in sampling.stop_token_ids:
+        return "stop", token_id
+    if token_id in eos_token_ids and not sampling.ignore_eos:
+        return "stop", -1
+    if len(sequence.output_ids) >= sampling.max_tokens:
+        return "length", -1
+    return "", -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +113,5 @@ class SchedulerCounts:
     num_cache_queried_tokens: int
     """Tokens of admitted sequences that were looked up in the prefix cache."""
     num_cache_hit_tokens: int
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0

@@ -33,6 +33,9 @@ class ModelConfig(_Section, frozen=True):
     """Prompt plus output tokens; the checkpoint's own limit where absent."""
     served_name: str | None = None
     """The name clients say; the last part of ``path`` where absent."""
+    deterministic: bool = False
+    """A request gets the same tokens whatever runs beside it, however its prompt is cut, and
+    wherever it is continued. Workers that compute in another way do not continue it."""
 
 
 class Replicas(_Section, frozen=True):
@@ -69,6 +72,9 @@ class EngineConfig(_Section, frozen=True):
     swap_blocks: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     """KV blocks of host memory for preempted requests; they are swapped out or recomputed,
     whichever is predicted cheaper. 0: always recomputed."""
+    speculation: Literal["off", "prompt_lookup"] = "off"
+    """prompt_lookup: guess next tokens from earlier text and verify several in one step. The
+    output is the same; what repeats itself comes faster while the batch is small."""
     prefill_mode: Literal["chunked", "layered"] = "chunked"
     """How a long prompt is kept from stalling decodes: cut into chunks of tokens, or all its
     tokens at once through a group of layers a step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         watermark=st.sampled_from([0.0, 0.3]),
         prefix_cache=st.booleans(),
         swap_blocks=st.sampled_from([0, 0, 2, 12]),
+        speculation=st.sampled_from(["off", "prompt_lookup"]),
     )
     def start(
         self,
@@ -57,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         watermark: float,
         prefix_cache: bool,
         swap_blocks: int,
+        speculation: Literal["off", "prompt_lookup"],
     ) -> None:
         self.config = engine_config(
             num_blocks,
@@ -66,6 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             watermark=watermark,
             prefix_cache=prefix_cache,
             swap_blocks=swap_blocks,
+            speculation=speculation,
         )
         self.pool = BlockPool(num_blocks, BLOCK_SIZE)
         self.scheduler = Scheduler(self.pool, self.config, frozenset([EOS_ID]), block_bytes=1)
@@ -157,9 +161,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             want = self.alive[chunk.seq_id]
             known = (*want.prompt, *want.output)
             stop = chunk.start + len(chunk.token_ids)
-            assert chunk.token_ids == known[chunk.start : stop] != ()
+            num_known = len(chunk.token_ids) - chunk.num_drafts
+            assert chunk.token_ids[:num_known] == known[chunk.start : stop - chunk.num_drafts] != ()
             assert len(chunk.block_table) == self.pool.blocks_for(stop)
-            assert chunk.samples is (stop == len(known))
+            assert chunk.samples is (stop - chunk.num_drafts == len(known))
+            assert not chunk.num_drafts or num_known == 1
+            assert len(want.output) + chunk.num_drafts < want.max_tokens
             for block in chunk.block_table:
                 assert chunk.seq_id in self.pool.holders(block)
             for block in chunk.block_table[chunk.start // BLOCK_SIZE :]:
@@ -219,7 +226,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.host[swap.host_block, offset] = self.kv.get((swap.block, offset), ())
         self.kv = slots
         for chunk in plan.chunks:
-            known = chunk.prompt_ids + tuple(chunk.output_ids)
+            drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
+            known = chunk.prompt_ids + tuple(chunk.output_ids) + drafts
             stop = chunk.start + len(chunk.token_ids)
             self._write(known, chunk.start, stop, chunk.block_table)
         news = self.scheduler.complete(run_plan(plan))
@@ -234,7 +242,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         position = len(want.prompt) + len(want.output)
         assert new.token_id == drawn_token(seq_id, position)
         want.output.append(new.token_id)
-        assert new.sequence.output_ids == want.output
+        assert new.place == len(want.output) - 1
+        assert new.sequence.output_ids[: len(want.output)] == want.output
         assert new.finish_reason == ("length" if len(want.output) == want.max_tokens else "")
         if new.finish_reason:
             self.finished[seq_id] = self.alive.pop(seq_id)
@@ -352,6 +361,7 @@ def test_a_long_run_keeps_every_promise(seed: int) -> None:
         rng.choice([0.0, 0.3]),
         rng.random() < 0.8,
         rng.choice([0, 4, 20]),
+        "prompt_lookup" if rng.random() < 0.7 else "off",
     )
     for _ in range(150):
         kind = rng.random()

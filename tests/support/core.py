@@ -29,6 +29,7 @@ def engine_config(
     prefix_cache: bool = True,
     swap_blocks: int = 0,
     prefill_mode: Literal["chunked", "layered"] = "chunked",
+    speculation: Literal["off", "prompt_lookup"] = "off",
 ) -> EngineConfig:
     return EngineConfig(
         num_blocks=num_blocks,
@@ -40,6 +41,7 @@ def engine_config(
         prefix_cache=prefix_cache,
         swap_blocks=swap_blocks,
         prefill_mode=prefill_mode,
+        speculation=speculation,
     )
 
 
@@ -84,16 +86,22 @@ def body(
 
 
 def drawn_token(seq_id: str, position: int) -> int:
-    """What the fake engine draws: a function of request and position alone, never EOS."""
+    """What the fake engine draws: a function of request and position alone, never EOS. It mostly
+    repeats itself, so that it can be guessed, and not always."""
     name = seq_id.rpartition("/")[0] or seq_id
-    return (sum(name.encode()) * 31 + position * 7) % EOS_ID
+    return (sum(name.encode()) * 31 + position % 4 * 7 + (position % 11 == 0)) % EOS_ID
 
 
 def run_plan(plan: StepPlan) -> StepResult:
-    """The fake engine: one token for each chunk that samples."""
-    sampled = tuple(
-        SampledToken(c.seq_id, drawn_token(c.seq_id, c.start + len(c.token_ids)))
-        for c in plan.chunks
-        if c.samples
-    )
-    return StepResult(plan.step, sampled, 0.001)
+    """The fake engine: one token for each chunk that samples, one more for each right draft."""
+    sampled: list[SampledToken] = []
+    for chunk in plan.chunks:
+        drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
+        position = chunk.start + len(chunk.token_ids) - chunk.num_drafts
+        for draft in (*drafts, -1) if chunk.samples else ():
+            token_id = drawn_token(chunk.seq_id, position)
+            sampled.append(SampledToken(chunk.seq_id, token_id))
+            position += 1
+            if token_id != draft:
+                break
+    return StepResult(plan.step, tuple(sampled), 0.001)
