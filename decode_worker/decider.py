@@ -310,7 +310,7 @@ class DecodeDecider:
             first_step_s = now - job.started_at
             hop = msgspec.structs.replace(job.arrived, first_step_s=first_step_s)
             job.arrived = None
-        elif len(sequence.output_ids) == len(job.body.output_ids) + 1:
+        elif new.place == len(job.body.output_ids):
             hop = HopTimes(
                 queued_s=job.started_at - job.arrived_at,
                 prefill_s=now - job.started_at,
@@ -321,7 +321,7 @@ class DecodeDecider:
         item = TokenItem(
             request_id=job.body.request_id,
             attempt=job.body.attempt,
-            seq=len(sequence.output_ids) - 1,
+            seq=new.place,
             token_ids=(new.token_id,),
             logprobs=() if new.logprobs is None else (new.logprobs,),
             finish_reason=new.finish_reason,
@@ -393,6 +393,8 @@ class DecodeDecider:
             num_swapped_out=counts.num_swapped_out,
             num_cache_queried_tokens=counts.num_cache_queried_tokens,
             num_cache_hit_tokens=counts.num_cache_hit_tokens,
+            num_draft_tokens=counts.num_draft_tokens,
+            num_accepted_draft_tokens=counts.num_accepted_draft_tokens,
         )
 
     def _check_integrity(self) -> list[str]:

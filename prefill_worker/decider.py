@@ -253,7 +253,7 @@ class PrefillDecider:
         item = TokenItem(
             request_id=job.body.request_id,
             attempt=job.body.attempt,
-            seq=len(sequence.output_ids) - 1,
+            seq=new.place,
             token_ids=(new.token_id,),
             logprobs=() if new.logprobs is None else (new.logprobs,),
             finish_reason=new.finish_reason,

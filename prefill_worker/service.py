@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import zmq.asyncio
 
 from baton.engine.block_pool import BlockPool
@@ -33,7 +34,8 @@ class PrefillService:
         self._incarnation = incarnation
         self._executor = executor
         self._clock = clock
-        engine = spec.pool.engine
+        # A sequence leaves with its first token: there is nothing to guess.
+        engine = msgspec.structs.replace(spec.pool.engine, speculation="off")
         pool = BlockPool(engine.num_blocks, engine.block_size)
         scheduler = Scheduler(pool, engine, frozenset(executor.spec.eos_token_ids))
         sender = Sender(pool, executor.layout, spec.kv_transfer)

@@ -28,8 +28,8 @@ from baton.engine.parallel.ranks import STEP_DEADLINE_S, Ranks
 from baton.engine.parallel.shard import allowed_sizes, part_of, refusals
 from baton.engine.plan import FailedSequence, SampledToken, SequenceChunk, StepPlan, StepResult
 from baton.engine.sampler import Sampler
+from baton.engine.sampling.drafts import kept_draws, rows_of
 from baton.engine.sampling.prompt_logprobs import PromptScorer
-from baton.engine.sampling.rows import SampleRow
 from baton.engine.step_inputs import StepShape, build_inputs
 from baton.engine.structured.grammar import Vocabulary
 from baton.engine.structured.masks import GrammarMasks
@@ -278,16 +278,14 @@ class Executor:
     ) -> tuple[tuple[SampledToken, ...], tuple[FailedSequence, ...]]:
         # The largest logit of a row is NaN when any of them is, and infinite on overflow.
         sound = logits.amax(dim=-1).isfinite().tolist()
-        bad = [c.seq_id for c, ok in zip(chunks, sound, strict=True) if not ok]
+        seq_ids = [c.seq_id for c in chunks for _ in range(1 + c.num_drafts)]
+        bad = [seq_id for seq_id, ok in zip(seq_ids, sound, strict=True) if not ok]
         if bad:
             raise InternalError(f"the logits of {', '.join(bad)} are not finite", request_id=bad[0])
-        rows = [
-            SampleRow(c.seq_id, c.sampling, c.start + len(c.token_ids), c.prompt_ids, c.output_ids)
-            for c in chunks
-        ]
+        rows = [row for chunk in chunks for row in rows_of(chunk)]
         masks = self._masks.fill(rows)
-        sampled = self._sampler.sample(logits, rows, masks)
-        return sampled, masks.failed
+        drawn = self._sampler.sample(logits, rows, masks)
+        return kept_draws(chunks, drawn, masks.errors)
 
 
 def _dtype(name: str) -> torch.dtype:

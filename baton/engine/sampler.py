@@ -44,7 +44,7 @@ class Sampler:
         """One token per row, in order. The same call again gives the same tokens.
 
         logits: ``[S, V]`` float32, finite, contiguous; changed in place. masks: of the rows
-        whose output is structured; ``masks.failed`` tells afterwards whose token is void.
+        whose output is structured; ``masks.errors`` tells afterwards which draws are void.
         """
         params = [row.params for row in rows]
         asked = [i for i, p in enumerate(params) if p.num_logprobs >= 0]

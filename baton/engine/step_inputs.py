@@ -26,7 +26,8 @@ class StepInputs:
     """T rows of S sequences, of which the first ``num_decodes`` have one row each.
 
     token_ids, positions, slots: ``[T]`` int64. sample_rows: in plan order, the last row of each
-    chunk that samples. score_rows: in plan order, the rows whose logits score prompt tokens.
+    chunk that samples, behind the rows before its drafts. score_rows: in plan order, the rows
+    whose logits score prompt tokens.
     block_tables: ``[S, M]`` int32, 0 past a sequence's blocks.
     cu_seqlens_q: ``[S + 1]`` int32, where each sequence's rows begin. cu_seqlens_prefill: the
     same of the longer chunks alone, counted from their first row. context_lens: ``[S]`` int32,
@@ -73,7 +74,7 @@ def build_inputs(plan: StepPlan, shape: StepShape) -> StepInputs:
         token_ids=tensor([t for c in chunks for t in c.token_ids], np.int64),
         positions=tensor(_positions(chunks, ends, num_decodes), np.int64),
         slots=tensor(_slots(chunks, ends, tables, num_decodes, shape.block_size), np.int64),
-        sample_rows=tensor([last_rows[c.seq_id] for c in plan.chunks if c.samples], np.int64),
+        sample_rows=tensor(_sample_rows(plan, last_rows), np.int64),
         score_rows=tensor(_score_rows(plan, last_rows), np.int64),
         block_tables=tensor(tables, np.int32),
         cu_seqlens_q=tensor(bounds, np.int32),
@@ -81,6 +82,15 @@ def build_inputs(plan: StepPlan, shape: StepShape) -> StepInputs:
         context_lens=tensor(ends, np.int32),
         num_decodes=num_decodes,
     )
+
+
+def _sample_rows(plan: StepPlan, last_rows: Mapping[str, int]) -> list[int]:
+    rows: list[int] = []
+    for chunk in plan.chunks:
+        if chunk.samples:
+            last = last_rows[chunk.seq_id]
+            rows += range(last - chunk.num_drafts, last + 1)
+    return rows
 
 
 def _score_rows(plan: StepPlan, last_rows: Mapping[str, int]) -> list[int]:
@@ -149,6 +159,8 @@ def _why_not(chunk: SequenceChunk, shape: StepShape) -> str:
     num_tokens = len(chunk.token_ids)
     if num_tokens == 0:
         return "a chunk without tokens"
+    if not 0 <= chunk.num_drafts < num_tokens:
+        return f"{chunk.num_drafts} drafts in a chunk of {num_tokens} tokens"
     if chunk.start < 0 or len(chunk.block_table) * shape.block_size < chunk.start + num_tokens:
         return (
             f"{len(chunk.block_table)} blocks cover fewer than the positions up to "

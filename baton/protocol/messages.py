@@ -215,6 +215,9 @@ class LoadReport(Message, frozen=True):
     num_cache_queried_tokens: Count = 0
     """Tokens of admitted sequences that were looked up in the prefix cache; since start."""
     num_cache_hit_tokens: Count = 0
+    num_draft_tokens: Count = 0
+    """Tokens that were guessed and verified; since start."""
+    num_accepted_draft_tokens: Count = 0
 
 
 class Reserve(Message, frozen=True):

@@ -14,6 +14,7 @@ class SampleRow:
 
     output_ids: all tokens drawn for the sequence so far, those of earlier attempts and other
     workers included. It may be a list that grows later; it is read during the call only.
+    num_drafts: so many at its end are guesses; the row counts only if they prove right.
     """
 
     seq_id: str
@@ -21,3 +22,4 @@ class SampleRow:
     position: int
     prompt_ids: tuple[int, ...]
     output_ids: Sequence[int]
+    num_drafts: int = 0

@@ -17,13 +17,14 @@ import torch
 from llguidance.numpy import fill_next_token_bitmask
 from torch import Tensor
 
-from baton.engine.plan import FailedSequence
 from baton.engine.sampling.rows import SampleRow
 from baton.engine.structured.grammar import refused
 from baton.engine.structured.store import GrammarStore
 from baton.protocol.constraint import Constraint
 from baton.protocol.errors import BatonError, InvalidRequest
 
+EVERY_TOKEN = -1
+"""As 32 bits."""
 MAX_KEPT_MATCHERS = 4_096
 """Beyond it the one that was used least recently goes."""
 
@@ -48,19 +49,12 @@ class RowMasks:
         self,
         rows: Mapping[int, SampleRow],
         bits: npt.NDArray[np.int32],
-        failed: dict[str, BatonError],
+        errors: dict[int, BatonError],
     ) -> None:
         self._rows = rows
         self._bits = bits
-        self._failed = failed
-
-    @property
-    def failed(self) -> tuple[FailedSequence, ...]:
-        """Sequences that cannot go on, and whose draws of this step mean nothing."""
-        return tuple(
-            FailedSequence(seq_id, error.code, error.message)
-            for seq_id, error in self._failed.items()
-        )
+        self.errors = errors
+        """By row: why its sequence cannot go on there, and what is drawn means nothing."""
 
     def apply(self, logits: Tensor) -> None:
         """Put -inf where a token is not allowed. logits: ``[S, V]``, changed in place.
@@ -76,8 +70,7 @@ class RowMasks:
         masked[is_dead] = 0
         logits[rows] = masked
         for index in rows[is_dead].tolist():
-            row = self._rows[index]
-            self._failed.setdefault(row.seq_id, _nothing_left(row))
+            self.errors.setdefault(index, _nothing_left(self._rows[index]))
 
     def _allowed(self, logits: Tensor) -> Tensor:
         """``[R, V]`` bool."""
@@ -108,16 +101,15 @@ class GrammarMasks:
         constrained = {i: row for i, row in enumerate(rows) if row.params.constraint is not None}
         num_words = -(-self._store.vocabulary.size // 32)
         bits = np.zeros((len(constrained), num_words), dtype=np.int32)
-        failed: dict[str, BatonError] = {}
-        for place, row in enumerate(constrained.values()):
-            if row.seq_id not in failed:
-                try:
-                    self._fill_row(row, bits, place)
-                except BatonError as exc:
-                    failed[row.seq_id] = exc
+        errors: dict[int, BatonError] = {}
+        for place, (index, row) in enumerate(constrained.items()):
+            try:
+                self._fill_row(row, bits, place)
+            except BatonError as exc:
+                errors[index] = exc
         while len(self._kept) > MAX_KEPT_MATCHERS:
             del self._kept[next(iter(self._kept))]
-        return RowMasks(constrained, bits, failed)
+        return RowMasks(constrained, bits, errors)
 
     def _fill_row(self, row: SampleRow, bits: npt.NDArray[np.int32], place: int) -> None:
         constraint = row.params.constraint
@@ -125,27 +117,34 @@ class GrammarMasks:
         follower = self._kept.pop(row.seq_id, None)
         if follower is None or follower.constraint != constraint:
             follower = _Follower(constraint, self._store.matcher(constraint), [])
-        matcher = follower.matcher
-        _follow(follower, row.output_ids)
-        fill_next_token_bitmask(matcher, bits, place)
-        if matcher.is_error():
+        if _follow(follower, row):
+            fill_next_token_bitmask(follower.matcher, bits, place)
+        else:
+            bits[place] = EVERY_TOKEN
+        if follower.matcher.is_error():
             self._store.forget(constraint)
-            raise refused(constraint, matcher.get_error())
+            raise refused(constraint, follower.matcher.get_error())
         self._kept[row.seq_id] = follower
 
 
-def _follow(follower: _Follower, output_ids: Sequence[int]) -> None:
-    """Bring the matcher behind ``output_ids``: take back what is not in it, consume what is new.
+def _follow(follower: _Follower, row: SampleRow) -> bool:
+    """Bring the matcher behind the row's output: take back what is not in it, consume what is new.
 
-    An error shows in the matcher's state.
+    False for a row behind a draft that the grammar does not allow: the row before it cannot draw
+    that draft, so nobody will look at what this one draws. Errors show in the matcher's state.
     """
+    output_ids = row.output_ids
     same = _common_length(follower.consumed, output_ids)
     if same < len(follower.consumed):
         follower.matcher.rollback(len(follower.consumed) - same)
         del follower.consumed[same:]
-    new = list(output_ids[same:])
-    follower.matcher.consume_tokens(new)
-    follower.consumed += new
+    num_known = len(output_ids) - row.num_drafts
+    known, drafts = list(output_ids[same:num_known]), list(output_ids[max(same, num_known) :])
+    follower.matcher.consume_tokens(known)
+    follower.consumed += known
+    num_allowed = follower.matcher.try_consume_tokens(drafts) if drafts else 0
+    follower.consumed += drafts[:num_allowed]
+    return num_allowed == len(drafts)
 
 
 def _common_length(consumed: list[int], output_ids: Sequence[int]) -> int:

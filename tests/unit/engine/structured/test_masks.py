@@ -61,7 +61,7 @@ def generate(
         rows = [SampleRow("s", sampling, 3 + len(output), (1, 2, 3), output)]
         filled = masks.fill(rows)
         token = sampler.sample(logits, rows, filled)[0].token_id
-        assert filled.failed == ()
+        assert filled.errors == {}
         output.append(token)
         if forget_every and len(output) % forget_every == 0:
             masks.forget(["s"])
@@ -208,9 +208,9 @@ def test_limits_that_leave_no_token_cost_their_own_sequence(store: GrammarStore)
     rows = [SampleRow("stuck", letters, 0, (), []), SampleRow("fine", params(DIGITS), 0, (), [])]
     masks = GrammarMasks(store).fill(rows)
     sampled = Sampler((EOS_ID,)).sample(torch.randn(2, VOCAB_SIZE), rows, masks)
-    assert [f.seq_id for f in masks.failed] == ["stuck"]
-    assert masks.failed[0].code == "invalid_request"
-    assert "allowed_token_ids" in masks.failed[0].message
+    assert list(masks.errors) == [0]
+    assert masks.errors[0].code == "invalid_request"
+    assert "allowed_token_ids" in masks.errors[0].message
     assert chr(sampled[1].token_id).isdigit()
 
 
@@ -220,9 +220,29 @@ def test_an_output_that_breaks_the_grammar_costs_its_own_sequence(store: Grammar
         SampleRow("fine", params(DIGITS), 0, (), [ord("1")]),
     ]
     masks = GrammarMasks(store).fill(rows)
-    assert [f.seq_id for f in masks.failed] == ["odd"]
+    assert list(masks.errors) == [0]
     sampled = Sampler((EOS_ID,)).sample(torch.randn(2, VOCAB_SIZE), rows, masks)
     assert chr(sampled[1].token_id).isdigit()
+
+
+def test_each_row_behind_a_draft_has_the_mask_of_its_own_place(store: GrammarStore) -> None:
+    """Behind a draft that the grammar forbids nothing is masked, and nothing fails."""
+    known, drafts = [ord("1")], [ord("2"), ord("x"), ord("3")]
+    rows = [
+        SampleRow("s", params(DIGITS), 1 + n, (), [*known, *drafts[:n]], num_drafts=n)
+        for n in range(4)
+    ]
+    logits = torch.zeros(4, VOCAB_SIZE)
+    masks, digits = GrammarMasks(store), list(range(ord("0"), ord("9") + 1))
+    filled = masks.fill(rows)
+    filled.apply(logits)
+    assert filled.errors == {}
+    assert [(row == 0).nonzero()[:, 0].tolist() for row in logits[:2]] == [digits, digits]
+    assert (logits[2:] == 0).all()
+    after = torch.zeros(1, VOCAB_SIZE)
+    full = [ord(c) for c in "1287"]
+    masks.fill([SampleRow("s", params(DIGITS), 4, (), full)]).apply(after)
+    assert (after[0] == 0).nonzero()[:, 0].tolist() == [EOS_ID]
 
 
 @pytest.mark.parametrize(
