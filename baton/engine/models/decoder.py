@@ -68,7 +68,7 @@ class Decoder:
         rows = self._group.embed(token_ids, self._model.embedding)
         scale = self._spec.scales.embedding
         # The factor is rounded to the rows' dtype first, as the models were trained.
-        return rows if scale == 1.0 else rows * rows.new_tensor(scale)
+        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype).item()
 
     def _attention(
         self,
