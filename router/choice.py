@@ -50,6 +50,9 @@ class Choice:
     placement: Placement | None = None
     exclude: frozenset[str] = frozenset()
     queued_at: float = 0.0
+    made_by: str = ""
+    """In deterministic mode the KV layout of the workers that drew the tokens so far: it names
+    their arithmetic, and no other may go on."""
     last_error: tuple[str, str, str] = ("", "", "")
     """(code, message, hop) of the failure that sent it back to the queue."""
     _early: dict[int, TokenItem] = field(default_factory=dict)
@@ -94,7 +97,8 @@ class Choice:
 
     def need(self) -> Need:
         known = len(self.spec.prompt_ids) + len(self.output_ids)
-        return Need(known, self.spec.sampling.max_tokens - len(self.output_ids))
+        fingerprint = self.made_by if self.output_ids else ""
+        return Need(known, self.spec.sampling.max_tokens - len(self.output_ids), fingerprint)
 
     def body(self, router_id: str, router_epoch: int, now: float) -> RequestBody:
         sampling = self.spec.sampling

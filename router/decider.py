@@ -68,11 +68,14 @@ class RouterDecider:
         router_epoch: int,
         config: RouterConfig,
         make_detokenizer: Callable[[GenerateSpec], Detokenizer],
+        *,
+        is_deterministic: bool = False,
     ) -> None:
         self._router_id = router_id
         self._router_epoch = router_epoch
         self._config = config
         self._make_detokenizer = make_detokenizer
+        self._is_deterministic = is_deterministic
         self._members = Members(config.worker_lease_s)
         self._placer = Placer(config.placement)
         self._requests: dict[str, list[Choice]] = {}
@@ -183,6 +186,8 @@ class RouterDecider:
         if placement is None:
             return []
         choice.placement = placement
+        if self._is_deterministic:
+            choice.made_by = placement.decode.fingerprint
         choice.machine.move(RequestEvent.PLACED, now)
         times = choice.times
         if times.placed_at is None:

@@ -18,10 +18,14 @@ GROWTH_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """num_tokens: known now (prompt, and output so far). max_new_tokens: still to come."""
+    """num_tokens: known now (prompt, and output so far). max_new_tokens: still to come.
+
+    fingerprint: the KV layout that workers must have; "" for any.
+    """
 
     num_tokens: int
     max_new_tokens: int
+    fingerprint: str = ""
 
     @property
     def decode_charge(self) -> int:
@@ -70,7 +74,7 @@ class Placer:
 
         exclude: worker ids to avoid; they are used all the same when nothing else is left.
         """
-        up = [m for m in members if m.is_placeable]
+        up = [m for m in members if m.is_placeable and need.fingerprint in ("", m.fingerprint)]
         fresh = [m for m in up if m.worker_id not in exclude]
         return self._pick(need, fresh) or (self._pick(need, up) if exclude else None)
 

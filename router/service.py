@@ -50,7 +50,13 @@ class RouterService:
                 request.sampling.min_tokens,
             )
 
-        decider = RouterDecider(spec.router_id, epoch, spec.config, make_detokenizer)
+        decider = RouterDecider(
+            spec.router_id,
+            epoch,
+            spec.config,
+            make_detokenizer,
+            is_deterministic=spec.model.deterministic,
+        )
         self.core = RouterCore(
             self._context,
             decider,

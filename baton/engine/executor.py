@@ -164,6 +164,9 @@ class Executor:
             head_dim=spec.head_dim,
             dtype=settings.dtype,
             model_digest=model_digest(folder, spec.variant),
+            arithmetic=f"{backend.arithmetic}/tp-{settings.num_ranks}"
+            if settings.deterministic
+            else "",
         )
         with torch.inference_mode():
             parameters = load_parameters(

@@ -16,13 +16,18 @@ LAYOUT_VERSION = 1
 
 
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
-    """``model_digest`` identifies weights and config, so that only equal models exchange KV."""
+    """model_digest: identifies weights and config, so that only equal models exchange KV.
+
+    arithmetic: in deterministic mode the class of workers whose results agree to the bit
+    (kernels, machine, libraries, tensor parallelism); otherwise empty.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: str
     model_digest: str
+    arithmetic: str = ""
     version: int = LAYOUT_VERSION
 
     @property

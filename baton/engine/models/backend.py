@@ -42,7 +42,14 @@ class Embedding(Protocol):
 
 
 class Backend(Protocol):
-    """Makers of products take their weight over: its memory may be given back."""
+    """Makers of products take their weight over: its memory may be given back.
+
+    arithmetic: equal for two workers whose results agree to the bit when nothing but the
+      company of a request, its chunks and its place differ.
+    """
+
+    @property
+    def arithmetic(self) -> str: ...
 
     def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What weights are loaded in where the model is to run in ``dtype``."""

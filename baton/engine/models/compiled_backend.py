@@ -70,6 +70,10 @@ class CompiledBackend:
     def __init__(self, library: Library) -> None:
         self._library = library
 
+    @property
+    def arithmetic(self) -> str:
+        return f"{self._library.name}/torch-{torch.__version__}"
+
     def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 

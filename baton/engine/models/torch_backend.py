@@ -17,6 +17,8 @@ from baton.engine.models.backend import Embedding, GroupedProduct, Product
 from baton.engine.rope import Rotation
 from baton.engine.step_inputs import StepInputs
 
+KERNELS_VERSION = 1
+"""Raised whenever a change to a kernel changes a bit of its results."""
 TILE_ROWS = 32
 """Rows of one product in deterministic mode. The library's choice of an algorithm depends on
 the shape alone, so a row's result is the same in every tile and at every place in it."""
@@ -76,12 +78,18 @@ class TorchBackend:
 
     def __init__(self, device: torch.device, *, deterministic: bool) -> None:
         self._is_cpu = device.type == "cpu"
+        machine = "cpu" if self._is_cpu else torch.cuda.get_device_name(device)
+        self._arithmetic = f"{machine}/kernels-{KERNELS_VERSION}/torch-{torch.__version__}"
         self._kernels = kernels_for(device)
         self._multiply: Multiply = tiled_linear if deterministic else linear
         self._gates: dict[Activation, Callable[[Tensor], Tensor]] = {
             "silu": self._kernels.silu_mul,
             "gelu_tanh": self._kernels.gelu_tanh_mul,
         }
+
+    @property
+    def arithmetic(self) -> str:
+        return self._arithmetic
 
     def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self._is_cpu else dtype

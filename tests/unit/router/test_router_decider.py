@@ -81,12 +81,13 @@ def spec(request_id: str = "r", **fields: Any) -> GenerateSpec:
 
 
 class Router:
-    def __init__(self, *workers: str, **config: Any) -> None:
+    def __init__(self, *workers: str, is_deterministic: bool = False, **config: Any) -> None:
         self.decider = RouterDecider(
             "router-0",
             1,
             RouterConfig(**config),
             lambda s: Detokenizer(TOKENIZER, s.stop, s.skip_special_tokens),
+            is_deterministic=is_deterministic,
         )
         for worker in workers:
             self.up(worker)
@@ -325,6 +326,34 @@ def test_a_lost_worker_s_requests_go_on_elsewhere() -> None:
     assert len(said) == 3, "b is elsewhere"
     assert router(Gone("d-0", "1")) == []
     assert router.charges["d-0"] == 0
+
+
+def after_a_loss(router: Router, worker: str) -> list[str]:
+    """Who gets the lost worker's requests."""
+    said = router(Gone(worker, "1"))
+    return [i.worker_id for i in said if isinstance(i, ToWorker) and i.worker_id != worker]
+
+
+@pytest.mark.parametrize(("is_deterministic", "heirs"), [(False, ["m-1"]), (True, ["m-2"])])
+def test_deterministic_tokens_are_continued_by_the_arithmetic_that_made_them(
+    is_deterministic: bool, heirs: list[str]
+) -> None:
+    router = Router(is_deterministic=is_deterministic, placement="round_robin")
+    for worker, fingerprint in (("m-0", "a"), ("m-1", "b"), ("m-2", "a")):
+        router.up(worker, fingerprint=fingerprint)
+    [sent] = router.dispatched(spec())
+    router.tokens("m-0", item(body_of([sent]), 0, A))
+    assert after_a_loss(router, "m-0") == heirs
+    if is_deterministic:
+        assert after_a_loss(router, "m-2") == [], "m-1 computes in another way: it waits"
+
+
+def test_without_a_token_any_arithmetic_may_begin_again() -> None:
+    router = Router(is_deterministic=True)
+    router.up("m-0", fingerprint="a")
+    router.dispatched(spec())
+    router.up("m-1", fingerprint="b")
+    assert after_a_loss(router, "m-0") == ["m-1"]
 
 
 def test_a_lost_prefill_worker_costs_nothing_once_decoding_began() -> None:

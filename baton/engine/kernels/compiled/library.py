@@ -55,9 +55,10 @@ class PackedMatrix:
 
 
 class Library:
-    """num_threads: of every call."""
+    """num_threads: of every call. name: differs with the machine code, hence with any bit."""
 
     def __init__(self, path: Path, num_threads: int) -> None:
+        self.name = path.stem
         loaded = ctypes.CDLL(str(path))
         loaded.baton_vector_width.restype = ctypes.c_int64
         for name, argtypes in _SIGNATURES.items():

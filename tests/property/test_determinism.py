@@ -1,0 +1,232 @@
+"""Deterministic mode: whatever the schedule, a request's logits are the same to the bit.
+
+Each example draws who arrives when, how steps are cut, how little room there is, whether
+prefixes are shared, and whether answers go on in another worker; each logits row that a token is
+drawn from is compared with that of the request alone, its prompt in one piece.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.executor import Executor
+from baton.engine.plan import StepPlan
+from baton.engine.scheduler import NewToken, Scheduler, Sequence
+from baton.protocol.config import EngineConfig
+from baton.protocol.sampling import SamplingParams
+from tests.support.tiny_checkpoint import TINY_LLAMA, TINY_MISTRAL, write_checkpoint
+
+NUM_SCHEDULES = 200
+NUM_BLOCKS = 64
+MAX_TOKENS = 6
+_COMMON = tuple(int(t) for t in np.random.default_rng(5).integers(2, 61, 200))
+PROMPTS = (
+    _COMMON[:1],
+    _COMMON[:15],
+    _COMMON[:16],
+    _COMMON[:65],
+    _COMMON[:150],
+    (*_COMMON[:48], 7, 7, 7),
+    (*_COMMON[:64], *_COMMON[100:160]),
+    tuple(reversed(_COMMON[:40])),
+)
+"""Many begin alike, so that prefixes are found in the cache."""
+CONFIGS = {"llama": TINY_LLAMA, "mistral": TINY_MISTRAL}
+
+
+@cache
+def folder(name: str) -> Path:
+    return write_checkpoint(Path(mkdtemp(prefix=f"baton-{name}-")), CONFIGS[name])
+
+
+class Recording:
+    """An executor that keeps the logits of its last step."""
+
+    def __init__(self, name: str, block_size: int, num_threads: int) -> None:
+        self.executor = Executor.load(
+            folder(name),
+            dtype="bfloat16",
+            device="cpu",
+            num_blocks=NUM_BLOCKS,
+            block_size=block_size,
+            num_threads=num_threads,
+            deterministic=True,
+        )
+        decoder: Any = self.executor._decoder
+        forward = decoder.forward
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            self._logits = forward(*args, **kwargs)
+            return self._logits
+
+        decoder.forward = record
+
+    def run(self, plan: StepPlan) -> tuple[Any, dict[str, Tensor]]:
+        result = self.executor.execute(plan)
+        names = [c.seq_id for c in plan.chunks if c.samples]
+        return result, dict(zip(names, self._logits.clone(), strict=True))
+
+
+recordings = cache(Recording)
+
+
+def sampling(number: int) -> SamplingParams:
+    temperature = 1.0 if number % 2 else 0.0
+    return SamplingParams(
+        max_tokens=MAX_TOKENS, temperature=temperature, seed=number, ignore_eos=True
+    )
+
+
+@cache
+def alone(name: str, number: int) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    """Tokens and the logits that each was drawn from, by a worker that runs nothing else."""
+    worker = Recording(name, 16, 1)
+    scheduler = Scheduler(BlockPool(NUM_BLOCKS, 16), EngineConfig(prefix_cache=False), frozenset())
+    scheduler.add(Sequence("alone", PROMPTS[number], [], sampling(number)))
+    tokens, logits = [], []
+    while plan := scheduler.schedule():
+        result, rows = worker.run(plan)
+        tokens += [new.token_id for new in scheduler.complete(result)]
+        logits.append(rows["alone"])
+    return tuple(tokens), tuple(logits)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    model: str
+    arrivals: tuple[tuple[int, int], ...]
+    """(step, number of the prompt)."""
+    block_size: int
+    num_threads: int
+    num_blocks: int
+    engine: EngineConfig
+    splits: bool
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    block_size = draw(st.sampled_from((8, 16)))
+    longest = max(len(p) for p in PROMPTS) + MAX_TOKENS
+    return Schedule(
+        model=draw(st.sampled_from(sorted(CONFIGS))),
+        arrivals=tuple(
+            draw(
+                st.lists(
+                    st.tuples(st.integers(0, 8), st.integers(0, len(PROMPTS) - 1)),
+                    min_size=1,
+                    max_size=7,
+                )
+            )
+        ),
+        block_size=block_size,
+        num_threads=draw(st.sampled_from((1, 2))),
+        num_blocks=draw(st.integers(-(-longest // block_size) + 1, NUM_BLOCKS)),
+        engine=EngineConfig(
+            block_size=block_size,
+            max_num_seqs=draw(st.integers(1, 8)),
+            max_num_batched_tokens=draw(st.integers(1, 260)),
+            prefix_cache=draw(st.booleans()),
+            watermark=0.0,
+        ),
+        splits=draw(st.booleans()),
+    )
+
+
+class Side:
+    def __init__(self, schedule: Schedule, block_size: int) -> None:
+        self.worker = recordings(schedule.model, block_size, schedule.num_threads)
+        self.scheduler = Scheduler(
+            BlockPool(schedule.num_blocks, block_size), schedule.engine, frozenset()
+        )
+
+    def step(self, checked: dict[str, int]) -> list[NewToken]:
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        result, rows = self.worker.run(plan)
+        news = self.scheduler.complete(result)
+        for new in news:
+            sequence = new.sequence
+            number = int(sequence.seq_id.split("-")[0])
+            tokens, logits = alone(self.model, number)
+            place = len(sequence.output_ids) - 1
+            assert torch.equal(rows[sequence.seq_id], logits[place]), (sequence.seq_id, place)
+            assert new.token_id == tokens[place]
+            checked[sequence.seq_id] = place + 1
+        return news
+
+    @property
+    def model(self) -> str:
+        return "mistral" if self.worker.executor.spec.family == "mistral" else "llama"
+
+
+def hand_over(source: Side, target: Side, sequence: Sequence) -> bool:
+    """False where the target has no room: then it stays."""
+    num_tokens = sequence.num_computed
+    pool = target.scheduler.pool
+    need = pool.blocks_for(num_tokens)
+    if need > pool.num_free or target.scheduler.num_running >= 8:
+        return False
+    table = source.scheduler.take_blocks(sequence, "leaving")
+    num_layers = source.worker.executor.layout.num_layers
+    payload = source.worker.executor.read_kv(table, 0, num_tokens, 0, num_layers)
+    source.scheduler.pool.release("leaving", table)
+    blocks = pool.allocate(sequence.seq_id, need)
+    target.worker.executor.write_kv(blocks, 0, num_tokens, 0, num_layers, payload)
+    target.scheduler.add_computed(
+        Sequence(
+            sequence.seq_id,
+            sequence.prompt_ids,
+            list(sequence.output_ids),
+            sequence.sampling,
+            block_table=tuple(blocks),
+            num_computed=num_tokens,
+        )
+    )
+    return True
+
+
+@settings(max_examples=NUM_SCHEDULES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schedules())
+def test_no_schedule_changes_a_bit(schedule: Schedule) -> None:
+    first = Side(schedule, schedule.block_size)
+    sides = [first]
+    if schedule.splits:
+        other = Side(schedule, 24 - schedule.block_size)
+        sides.append(other)
+    for side in sides:
+        # What was computed in an earlier example must not be found here.
+        with torch.inference_mode():
+            side.worker.executor._cache.blocks.fill_(float("nan"))
+    waiting = sorted(
+        (step, f"{number}-{order}", number)
+        for order, (step, number) in enumerate(schedule.arrivals)
+    )
+    checked: dict[str, int] = {}
+    for step in range(2_000):
+        while waiting and waiting[0][0] <= step:
+            _, name, number = waiting.pop(0)
+            first.scheduler.add(Sequence(name, PROMPTS[number], [], sampling(number)))
+        news = [new for side in sides for new in side.step(checked)]
+        if schedule.splits:
+            for new in news:
+                if first.scheduler.get(new.sequence.seq_id) is new.sequence:
+                    hand_over(first, sides[1], new.sequence)
+        if not waiting and not any(
+            s.scheduler.num_running + s.scheduler.num_waiting for s in sides
+        ):
+            break
+    assert list(checked.values()) == [MAX_TOKENS] * len(schedule.arrivals)
+    for side in sides:
+        assert side.scheduler.check_integrity() == []
