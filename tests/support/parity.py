@@ -197,13 +197,14 @@ def load(
     folder: Path,
     dtype: str = "float32",
     *,
+    device: str = "cpu",
     deterministic: bool = False,
     max_model_len: int | None = None,
 ) -> Executor:
     return Executor.load(
         folder,
         dtype=dtype,
-        device="cpu",
+        device=device,
         num_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
         num_threads=1,
@@ -286,7 +287,7 @@ def run_greedy(
     step = 0
     while any(s.num_new < num_tokens for s in sequences):
         plan = next_plan(step, sequences, rng, num_tokens)
-        logits = executor.forward_logits(plan)
+        logits = executor.forward_logits(plan).cpu()
         sampling = [c for c in plan.chunks if c.samples]
         drawn = logits.argmax(dim=-1).tolist()
         for chunk, row, token_id in zip(sampling, logits, drawn, strict=True):
