@@ -42,6 +42,8 @@ def check_sections(data: Mapping[str, Any]) -> Iterator[Found]:
     model = _convert(data.get("model"), ModelConfig)
     if model is not None:
         yield from _check_model(model, pools)
+        if model.deterministic:
+            yield from _check_alike(pools)
     router = _convert(data.get("router", {}), RouterConfig)
     if router is not None:
         yield from _check_router(router)
@@ -118,6 +120,23 @@ def _check_split(spec: ModelSpec, pools: Mapping[str, PoolConfig]) -> Iterator[F
                 f"{path}.tensor_parallel",
                 f"is {pool.tensor_parallel}; {'; '.join(refused)}; allowed here: {allowed}",
             )
+
+
+def _check_alike(pools: Mapping[str, PoolConfig]) -> Iterator[Found]:
+    """Deterministic mode: what one pool began another must be able to continue to the bit."""
+    first: PoolConfig | None = None
+    for path, pool in pools.items():
+        first = first or pool
+        for field, own, other in (
+            ("placement.device", pool.placement.device, first.placement.device),
+            ("tensor_parallel", pool.tensor_parallel, first.tensor_parallel),
+        ):
+            if own != other:
+                yield (
+                    f"{path}.{field}",
+                    f"is {own} and {other} in pool {first.name}, which adds up in another order; "
+                    "make them equal, or set model.deterministic to false",
+                )
 
 
 def _check_network(network: NetworkConfig) -> Iterator[Found]:

@@ -192,6 +192,17 @@ def test_more_ranks_than_the_checkpoint_has_parts() -> None:
         assert "a whole number from 1 to 64" in message
 
 
+def test_deterministic_pools_compute_alike() -> None:
+    unlike = GOOD.replace("role: decode", "role: decode\n    tensor_parallel: 2")
+    parse(unlike)
+    line, path, message = only(unlike.replace("baton-tiny}", "baton-tiny, deterministic: true}"))
+    assert (line, path) == (8, "pools[1].tensor_parallel")
+    assert message.startswith("is 2 and 1 in pool p")
+    assert "set model.deterministic to false" in message
+    alike = GOOD.replace("baton-tiny}", "baton-tiny, deterministic: true}")
+    assert parse(alike).model.deterministic
+
+
 def test_a_worker_of_several_ranks_reserves_a_gpu_for_each() -> None:
     text = GOOD.replace(
         "role: prefill", "role: prefill\n    tensor_parallel: 2\n    placement: {device: cuda}"
