@@ -3,6 +3,7 @@ these tokens, by whomever, and only who holds a block alone writes to it."""
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass
 from typing import Literal
@@ -18,13 +19,14 @@ from hypothesis.stateful import (
 )
 
 from baton.engine.block_pool import BlockPool
-from baton.engine.plan import StepPlan
+from baton.engine.plan import SequenceChunk, StepPlan
 from baton.engine.preemption import EngineRates
 from baton.engine.scheduler import NewToken, Scheduler, Sequence
 from baton.protocol.sampling import SamplingParams
 from tests.support.core import EOS_ID, drawn_token, engine_config, run_plan
 
 BLOCK_SIZE = 8
+NUM_LAYERS = 5
 Prefix = tuple[int, ...]
 SIZES = st.integers(0, 79)
 FEW = st.integers(0, 3)
@@ -50,6 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         swap_blocks=st.sampled_from([0, 0, 2, 12]),
         speculation=st.sampled_from(["off", "prompt_lookup"]),
+        prefill_mode=st.sampled_from(["chunked", "layered"]),
     )
     def start(
         self,
@@ -60,6 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_cache: bool,
         swap_blocks: int,
         speculation: Literal["off", "prompt_lookup"],
+        prefill_mode: Literal["chunked", "layered"] = "chunked",
     ) -> None:
         self.config = engine_config(
             num_blocks,
@@ -70,9 +74,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_cache=prefix_cache,
             swap_blocks=swap_blocks,
             speculation=speculation,
+            prefill_mode=prefill_mode,
         )
         self.pool = BlockPool(num_blocks, BLOCK_SIZE)
-        self.scheduler = Scheduler(self.pool, self.config, frozenset([EOS_ID]), block_bytes=1)
+        self.scheduler = Scheduler(
+            self.pool, self.config, frozenset([EOS_ID]), block_bytes=1, num_layers=NUM_LAYERS
+        )
         self.scheduler.set_rates(EngineRates(1.0, 1e9, 1e9))
         self.alive: dict[str, Wanted] = {}
         self.finished: dict[str, Wanted] = {}
@@ -83,6 +90,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.kv: dict[tuple[int, int], Prefix] = {}
         """(block, offset) to what the engine wrote there: KV of the last token of a prefix."""
         self.host: dict[tuple[int, int], Prefix] = {}
+        self.half_way: dict[str, tuple[int, int, int]] = {}
+        """Prompts on their way through the layers: (start, tokens, layers that are done)."""
         self.num_outside = 0
         self.outside: dict[str, list[int]] = {}
 
@@ -151,7 +160,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.plan = plan
         assert plan.step == self.last_step + 1
         self.last_step = plan.step
-        assert plan.num_tokens <= self.config.max_num_batched_tokens
+        self._check_budget(plan)
         assert plan.chunks or plan.swap_out
         self._check_swaps(plan)
         slots = self._copied(plan)
@@ -164,7 +173,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_known = len(chunk.token_ids) - chunk.num_drafts
             assert chunk.token_ids[:num_known] == known[chunk.start : stop - chunk.num_drafts] != ()
             assert len(chunk.block_table) == self.pool.blocks_for(stop)
-            assert chunk.samples is (stop - chunk.num_drafts == len(known))
+            is_whole = chunk.layer_start + chunk.num_layers in (0, NUM_LAYERS)
+            assert chunk.samples is (is_whole and stop - chunk.num_drafts == len(known))
+            self._check_layers(chunk)
             assert not chunk.num_drafts or num_known == 1
             assert len(want.output) + chunk.num_drafts < want.max_tokens
             for block in chunk.block_table:
@@ -174,6 +185,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             for position in range(chunk.start):
                 slot = (chunk.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE)
                 assert slots.get(slot) == known[: position + 1]
+
+    def _check_budget(self, plan: StepPlan) -> None:
+        """A step has the work of so many tokens through all layers; layers are not cut."""
+        work = sum(len(c.token_ids) * (c.num_layers or NUM_LAYERS) for c in plan.chunks)
+        in_groups = sum(len(c.token_ids) for c in plan.chunks if c.num_layers)
+        budget = self.config.max_num_batched_tokens
+        decodes = plan.num_tokens - in_groups
+        assert work <= budget * NUM_LAYERS + in_groups + decodes * NUM_LAYERS * bool(in_groups)
+        assert in_groups or plan.num_tokens <= budget
+        assert in_groups <= budget * NUM_LAYERS
+
+    def _check_layers(self, chunk: SequenceChunk) -> None:
+        """The same tokens go through all layers, one group behind the other."""
+        if chunk.num_layers == 0:
+            assert chunk.seq_id not in self.half_way
+            return
+        assert self.config.prefill_mode == "layered"
+        way = (chunk.start, len(chunk.token_ids), chunk.layer_start)
+        if chunk.layer_start:
+            assert self.half_way[chunk.seq_id] == way
 
     def _check_swaps(self, plan: StepPlan) -> None:
         """No block is copied twice, none that is copied out is free to others meanwhile."""
@@ -225,7 +256,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             for offset in range(BLOCK_SIZE):
                 self.host[swap.host_block, offset] = self.kv.get((swap.block, offset), ())
         self.kv = slots
+        self.half_way = {
+            c.seq_id: (c.start, len(c.token_ids), c.layer_start + c.num_layers)
+            for c in plan.chunks
+            if 0 < c.layer_start + c.num_layers < NUM_LAYERS
+        }
         for chunk in plan.chunks:
+            if chunk.seq_id in self.half_way:
+                continue
             drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
             known = chunk.prompt_ids + tuple(chunk.output_ids) + drafts
             stop = chunk.start + len(chunk.token_ids)
@@ -258,6 +296,33 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.complete()
             self.adds_up()
 
+    @precondition(lambda self: self.plan is None)
+    @rule(count=st.integers(1, 20), goes_on_with_twin=st.booleans())
+    def advance(self, count: int, goes_on_with_twin: bool) -> None:
+        """Single steps and a twin that takes them at once end in the same state."""
+        count = min(count, self.scheduler.steady_steps())
+        if count == 0:
+            return
+        twin = copy.deepcopy(self.scheduler)
+        tokens: dict[str, list[int]] = {seq_id: [] for seq_id in self.alive}
+        for _ in range(count):
+            self.schedule()
+            assert self.plan is not None
+            ids = [c.seq_id for c in self.plan.chunks]
+            self.complete()
+            for seq_id in ids:
+                tokens[seq_id].append(self.alive[seq_id].output[-1])
+        news = twin.advance(count, {i: drawn for i, drawn in tokens.items() if drawn})
+        assert sorted((n.sequence.seq_id, n.place, n.token_id) for n in news) == sorted(
+            (i, len(self.alive[i].output) - len(drawn) + n, token_id)
+            for i, drawn in tokens.items()
+            for n, token_id in enumerate(drawn)
+        )
+        assert state_of(twin) == state_of(self.scheduler)
+        self.last_step = twin.num_steps
+        if goes_on_with_twin:
+            self.scheduler, self.pool = twin, twin.pool
+
     @precondition(lambda self: self.plan is not None)
     @rule()
     def abandon(self) -> None:
@@ -270,6 +335,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for block in chunk.block_table[chunk.start // BLOCK_SIZE :]:
                 for offset in range(BLOCK_SIZE):
                     self.kv[block, offset] = (-2,)
+        self.half_way = {}
         failed = {s.seq_id for s in self.scheduler.abandon_step()}
         assert failed == {c.seq_id for c in plan.chunks if c.seq_id in self.alive}
         for seq_id in failed:
@@ -344,6 +410,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.check_integrity() == []
 
 
+def state_of(scheduler: Scheduler) -> object:
+    """All that later steps depend on."""
+    pool = scheduler.pool
+    return (
+        scheduler.num_steps,
+        scheduler.counts,
+        [
+            (s.seq_id, s.output_ids, s.num_computed, s.num_chunks, s.num_named, s.block_table)
+            for s in scheduler._running
+        ],
+        scheduler._waiting.ids(),
+        scheduler._waiting.parked_at(),
+        (pool._blank, pool._kept, pool._block_of, pool._holders),
+    )
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
 
@@ -361,7 +443,8 @@ def test_a_long_run_keeps_every_promise(seed: int) -> None:
         rng.choice([0.0, 0.3]),
         rng.random() < 0.8,
         rng.choice([0, 4, 20]),
-        "prompt_lookup" if rng.random() < 0.7 else "off",
+        rng.choice(["off", "prompt_lookup"]),
+        rng.choice(["chunked", "layered"]),
     )
     for _ in range(150):
         kind = rng.random()
@@ -378,6 +461,8 @@ def test_a_long_run_keeps_every_promise(seed: int) -> None:
             machine.complete()
         elif kind < 0.92 and machine.plan is not None:
             machine.abandon()
+        elif kind < 0.93 and machine.plan is None:
+            machine.advance(rng.randint(1, 20), rng.random() < 0.5)
         elif kind < 0.94 and machine.alive:
             machine.drop(rng.randrange(80))
         elif kind < 0.95 and machine.alive and machine.plan is None:
