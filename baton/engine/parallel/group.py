@@ -63,10 +63,9 @@ ALONE: Group = Alone()
 class RankGroup:
     """Collectives over torch's process groups, each with a deadline.
 
-    Sums over gloo add the ranks' parts in the order of their ranks: gloo's own all-reduce cuts
-    a tensor into pieces and begins each at another rank, so that the same row would add in
-    another order in another batch. NCCL's order depends on the size as well; ``ordered`` takes
-    the slower way there too, in deterministic mode.
+    ordered: add the parts in the order of ranks. An all-reduce cuts a tensor into pieces and
+    begins each at another rank, so that the same row would add in another order in another
+    batch; of two parts, either order gives the same bits.
     """
 
     def __init__(
@@ -85,16 +84,16 @@ class RankGroup:
         return self.reduce(found.masked_fill_(~is_here[:, None], 0))
 
     def reduce(self, part: Tensor) -> Tensor:
+        part = part.contiguous()
         if not self._ordered:
             self._wait(self._backend.allreduce([part]))
             return part
-        part = part.contiguous()
-        parts = part.new_empty((self._shard.size * len(part), *part.shape[1:]))
-        self._wait(self._backend._allgather_base(parts, part))
-        first, *others = parts.chunk(self._shard.size)
+        parts = [torch.empty_like(part) for _ in range(self._shard.size)]
+        self._wait(self._backend.allgather([parts], [part]))
+        total, *others = parts
         for other in others:
-            first += other
-        return first
+            total += other
+        return total
 
     def join_logits(self, part: Tensor) -> Tensor:
         part = part.contiguous()
@@ -182,7 +181,7 @@ def join(
             f"rank {shard.rank} of {shard.size} did not meet the others within "
             f"{deadline_s:g} s: {exc}"
         ) from exc
-    ordered = deterministic or device.type == "cpu"
+    ordered = shard.size > 2 and (deterministic or device.type == "cpu")
     return RankGroup(backend, shard, vocab_size, deadline_s, ordered=ordered)
 
 

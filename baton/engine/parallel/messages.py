@@ -30,6 +30,7 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     max_model_len: int | None = None
     deterministic: bool = False
+    swap_blocks: int = 0
     rank: int = 0
     num_ranks: int = 1
 
