@@ -4,7 +4,8 @@ All share one decoder (``baton.engine.models``); a new family that needs no new 
 one more file here.
 """
 
-from baton.checkpoint.families.family import Biases, ExpertSpec, Family, Scales
+from baton.checkpoint.families.biases import Biases
+from baton.checkpoint.families.family import ExpertSpec, Family, Scales
 from baton.checkpoint.families.gemma2 import GEMMA2
 from baton.checkpoint.families.gemma3 import GEMMA3
 from baton.checkpoint.families.llama import LLAMA

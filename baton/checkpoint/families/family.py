@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from baton.checkpoint.families.biases import Biases
 from baton.checkpoint.families.names import LLAMA_NAMES, TensorNames
 from baton.checkpoint.fields import Fields
 from baton.checkpoint.rope_fields import RopeContext, RopeSpec, read_rope
-
-
-@dataclass(frozen=True, slots=True)
-class Biases:
-    """Which projections have a bias: Q, K and V together; attention output; all of the MLP."""
-
-    qkv: bool = False
-    output: bool = False
-    mlp: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Gemma 2: norms around each block, soft caps, a window in every other layer."""
 
-from baton.checkpoint.families.family import Biases, Family, Scales
+from baton.checkpoint.families.biases import attention_biases
+from baton.checkpoint.families.family import Family, Scales
 from baton.checkpoint.families.names import TensorNames
 from baton.checkpoint.families.windows import in_a_pattern
 from baton.checkpoint.fields import Fields
@@ -11,11 +12,6 @@ GEMMA_NAMES = TensorNames(
     mlp_norm="pre_feedforward_layernorm",
     mlp_out_norm="post_feedforward_layernorm",
 )
-
-
-def gemma_biases(config: Fields) -> Biases:
-    attention = config.boolean("attention_bias", False)
-    return Biases(qkv=attention, output=attention)
 
 
 def gemma_scales(
@@ -47,7 +43,7 @@ def _windows(config: Fields, num_layers: int) -> tuple[int | None, ...]:
 GEMMA2 = Family(
     name="gemma2",
     architecture="Gemma2ForCausalLM",
-    biases=gemma_biases,
+    biases=attention_biases,
     sliding_windows=_windows,
     default_head_dim=256,
     names=GEMMA_NAMES,

@@ -1,7 +1,8 @@
 """Gemma 3 (text): Gemma 2 with normalised heads, no caps, and RoPE by kind of layer."""
 
+from baton.checkpoint.families.biases import attention_biases
 from baton.checkpoint.families.family import Family, Scales
-from baton.checkpoint.families.gemma2 import GEMMA_NAMES, gemma_biases, gemma_scales
+from baton.checkpoint.families.gemma2 import GEMMA_NAMES, gemma_scales
 from baton.checkpoint.families.windows import FULL, SLIDING, in_a_pattern
 from baton.checkpoint.fields import Fields
 from baton.checkpoint.rope_fields import MAX_THETA, RopeContext, RopeSpec, read_parameters
@@ -37,7 +38,7 @@ def _ropes(
 GEMMA3 = Family(
     name="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    biases=gemma_biases,
+    biases=attention_biases,
     sliding_windows=_windows,
     qk_norm=True,
     default_head_dim=256,

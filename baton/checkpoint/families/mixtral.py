@@ -1,17 +1,11 @@
 """Mixtral: Mistral's attention, and every MLP a choice of experts that share its size."""
 
+from baton.checkpoint.families.biases import no_biases
 from baton.checkpoint.families.experts import read_experts
-from baton.checkpoint.families.family import Biases, ExpertSpec, Family
+from baton.checkpoint.families.family import ExpertSpec, Family
 from baton.checkpoint.families.names import TensorNames
 from baton.checkpoint.families.windows import same_in_all_layers_if_given
 from baton.checkpoint.fields import Fields
-
-
-def _biases(config: Fields) -> Biases:
-    for name in ("attention_bias", "mlp_bias"):
-        if config.boolean(name, False):
-            config.unsupported(name, "false in this family")
-    return Biases()
 
 
 def _experts(config: Fields, num_layers: int) -> tuple[ExpertSpec | None, ...]:
@@ -22,7 +16,7 @@ def _experts(config: Fields, num_layers: int) -> tuple[ExpertSpec | None, ...]:
 MIXTRAL = Family(
     name="mixtral",
     architecture="MixtralForCausalLM",
-    biases=_biases,
+    biases=no_biases,
     sliding_windows=same_in_all_layers_if_given,
     names=TensorNames(
         router="block_sparse_moe.gate",

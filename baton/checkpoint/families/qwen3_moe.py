@@ -1,16 +1,10 @@
 """Qwen3-MoE: Qwen3's attention; which layers have experts is a rhythm with exceptions."""
 
+from baton.checkpoint.families.biases import attention_biases
 from baton.checkpoint.families.experts import read_experts
-from baton.checkpoint.families.family import Biases, ExpertSpec, Family
+from baton.checkpoint.families.family import ExpertSpec, Family
 from baton.checkpoint.families.windows import same_in_all_layers_if_used
 from baton.checkpoint.fields import Fields
-
-
-def _biases(config: Fields) -> Biases:
-    attention = config.boolean("attention_bias", False)
-    if config.boolean("mlp_bias", False):
-        config.unsupported("mlp_bias", "false in this family")
-    return Biases(qkv=attention, output=attention)
 
 
 def _experts(config: Fields, num_layers: int) -> tuple[ExpertSpec | None, ...]:
@@ -32,7 +26,7 @@ def _experts(config: Fields, num_layers: int) -> tuple[ExpertSpec | None, ...]:
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    biases=_biases,
+    biases=attention_biases,
     sliding_windows=same_in_all_layers_if_used,
     qk_norm=True,
     experts=_experts,
