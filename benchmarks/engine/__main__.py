@@ -159,7 +159,7 @@ def main(
     except KeyboardInterrupt:
         click.echo("interrupted: nothing was written, nothing is left running", err=True)
         raise SystemExit(130) from None
-    report.show(result, Console(highlight=False, soft_wrap=True))
+    report.show(result, Console(highlight=False))
     for path in report.write(result, folder):
         click.echo(f"written: {path}")
     problems = missed(result.ratios, result.memory_verdicts, [c.name for c in result.cases])

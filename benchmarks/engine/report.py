@@ -19,6 +19,7 @@ from benchmarks.provenance import Provenance, slug
 
 FORMAT_VERSION = 1
 MIB = 2**20
+NEW_LINE = "\n"
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -76,10 +77,11 @@ def write(result: Result, folder: Path) -> tuple[Path, Path]:
 
 
 def speed_table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """A row per case; each engine in its fastest variant; ratios of ours to each peer."""
+    """A row per case; each engine in its fastest variant; ratios of ours to each peer. Cells have
+    two lines: the figure, and the variant or the bar."""
     engines = list(dict.fromkeys(e.engine for e in result.engines))
     peers = list(dict.fromkeys(r.peer for r in result.ratios))
-    header = ["tokens/s, median (best)", *engines, *(f"ours / {peer}" for peer in peers)]
+    header = ["tokens/s", *engines, *(f"ours / {peer}" for peer in peers)]
     rows = []
     for case in result.cases:
         row = [case.name]
@@ -103,13 +105,13 @@ def variant_table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def memory_table(result: Result) -> tuple[list[str], list[list[str]]]:
-    header = ["resident, MiB", "weights", "KV pool", "peak", "idle", "peak / (weights + pool)"]
+    header = ["resident, MiB", "weights", "pool", "peak", "idle", "peak / (weights + pool)"]
     verdicts = {v.variant: v for v in result.memory_verdicts}
     rows = []
     for m in result.memory:
         said = f"{m.ratio:.2f} ({m.ratio_without_idle:.2f} without idle)"
         if m.variant in verdicts:
-            said += f", bar {verdicts[m.variant].bar:g}: {_passed(verdicts[m.variant].passed)}"
+            said += f"\nbar {verdicts[m.variant].bar:g}: {_passed(verdicts[m.variant].passed)}"
         elif not m.pool_filled:
             said = "pool not filled"
         sizes = (m.weights_bytes, m.pool_bytes, m.peak_bytes, m.idle_bytes)
@@ -121,7 +123,7 @@ def show(result: Result, console: Console) -> None:
     for header, rows in (speed_table(result), memory_table(result)):
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for number, column in enumerate(header):
-            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+            table.add_column(column, justify="right" if number else "left")
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -151,8 +153,8 @@ def _notes(result: Result) -> list[str]:
     settings = result.settings
     found = [
         f"{settings.num_threads} threads each, {settings.repeats} interleaved repeats, windows of "
-        f"{settings.window_s:g} s, seed {settings.seed}; an engine's column shows its fastest "
-        "dtype and start mode for the case",
+        f"{settings.window_s:g} s, seed {settings.seed}; median (best) of the repeats; an "
+        "engine's column shows its fastest dtype and start mode for the case",
         "versions: "
         + ", ".join(
             f"{engine} {' '.join(f'{k} {v}' for k, v in versions.items())}"
@@ -171,7 +173,7 @@ def _notes(result: Result) -> list[str]:
         total = sum(w.repeat >= 0 for w in result.windows)
         found.append(
             f"noisy: in {noisy} of {total} windows others used more than {MUCH_FOREIGN_CPU:.0%} of "
-            f"the machine (at most {most:.0%}); marked * below. Repeat the run when it is idle"
+            f"the machine (at most {most:.0%}), marked *; repeat the run when it is idle"
         )
     return found
 
@@ -180,7 +182,7 @@ def _speed(speed: Speed | None) -> str:
     if speed is None:
         return "-"
     dtype, mode = speed.variant.split()[1:]
-    return f"{_plain(speed)} {SHORT_DTYPES[dtype]} {mode}"
+    return f"{_plain(speed)}\n{SHORT_DTYPES[dtype]} {mode}"
 
 
 def _plain(speed: Speed | None) -> str:
@@ -194,7 +196,7 @@ def _verdict(ratio: Ratio) -> str:
     said = f"{ratio.of_medians:.2f} ({ratio.of_bests:.2f})"
     if ratio.bar is None or ratio.passed is None:
         return said
-    return f"{said}, bar {ratio.bar:g}: {_passed(ratio.passed)}"
+    return f"{said}\nbar {ratio.bar:g}: {_passed(ratio.passed)}"
 
 
 def _passed(passed: bool) -> str:
@@ -205,5 +207,5 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> li
     return [
         f"| {' | '.join(columns)} |",
         f"|{'|'.join(['---'] * len(columns))}|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *(f"| {' | '.join(cell.replace(NEW_LINE, ', ') for cell in row)} |" for row in rows),
     ]
