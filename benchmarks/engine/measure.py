@@ -13,6 +13,7 @@ import msgspec
 
 from benchmarks.cpu import shares, snapshot
 from benchmarks.engine.cases import Case, batches
+from benchmarks.engine.engine_process import EngineFailed
 
 MUCH_FOREIGN_CPU = 0.05
 WATCH_S = 0.25
@@ -35,10 +36,12 @@ class Measured(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A variant that stands ready. engine: what it is a variant of."""
+    """A variant that stands ready. engine: what it is a variant of. required: when it fails the
+    run is over; any other is left out from then on."""
 
     engine: str
     process: Measured
+    required: bool = False
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -143,12 +146,14 @@ async def measure(
     window_s: float,
     patience: Patience,
     tell: Callable[[str], None],
-) -> list[Window]:
+) -> tuple[list[Window], dict[str, str]]:
     """A trial round that also warms everything up (repeat -1), then ``repeats`` rounds.
 
     Within a round the engines take turns case by case, so that slow and quiet minutes of the
-    machine meet all of them.
+    machine meet all of them. Returns the windows, and why some have fewer: by name of the
+    variant that failed.
     """
+    failed: dict[str, str] = {}
     engine_of = {c.process.name: c.engine for c in contenders}
     wanted = {(c.process.name, case.name) for c in contenders for case in cases}
     windows: list[Window] = []
@@ -157,16 +162,26 @@ async def measure(
         for case in cases:
             turns = [c for c in contenders if (c.process.name, case.name) in wanted]
             for contender in turns:
+                name = contender.process.name
+                if name in failed:
+                    continue
                 idle = [c for c in contenders if c is not contender]
-                window = await take_window(
-                    contender,
-                    idle,
-                    case,
-                    repeat=repeat,
-                    seed=seed,
-                    window_s=window_s,
-                    patience=patience,
-                )
+                try:
+                    window = await take_window(
+                        contender,
+                        idle,
+                        case,
+                        repeat=repeat,
+                        seed=seed,
+                        window_s=window_s,
+                        patience=patience,
+                    )
+                except EngineFailed as exc:
+                    if contender.required:
+                        raise
+                    failed[name] = str(exc)
+                    tell(f"left out from here: {exc}")
+                    continue
                 windows.append(window)
                 tell(_line(window, repeats))
         if repeat == -1:
@@ -174,7 +189,7 @@ async def measure(
         elif repeat + 1 < repeats:
             left_s = (repeats - repeat - 1) * (time.monotonic() - began)
             tell(f"round {repeat + 1}/{repeats} done; about {left_s:.0f} s left")
-    return windows
+    return windows, failed
 
 
 def _line(window: Window, repeats: int) -> str:

@@ -94,8 +94,8 @@ async def run(options: Options, tell: Tell) -> Result:
         for name in options.peers:
             ready += await _open_peer(PLANS[name], checkpoint, options, stack, left_out, tell)
         tell(f"{len(ready)} engine processes are ready; a trial round comes first")
-        windows = await measure(
-            [Contender(r.variant.engine, r.process) for r in ready],
+        windows, failed = await measure(
+            [Contender(r.variant.engine, r.process, r.variant.engine == OURS) for r in ready],
             CASES,
             repeats=options.repeats,
             seed=options.seed,
@@ -104,7 +104,8 @@ async def run(options: Options, tell: Tell) -> Result:
             tell=tell,
         )
         tell("filling the KV pools to see how much memory they take")
-        memory = [await _memory(r) for r in ready]
+        memory = [await _memory(r) for r in ready if r.variant.name not in failed]
+    left_out += [LeftOut(name, f"failed on the way: {why}") for name, why in failed.items()]
     found = speeds(windows, {r.variant.name: r.variant.engine for r in ready})
     settings = Settings(
         num_threads=options.num_threads,

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.engine import measure as module
 from benchmarks.engine.cases import CASES, Case, batches
+from benchmarks.engine.engine_process import EngineFailed
 from benchmarks.engine.measure import Contender, Patience, Window, chances, measure, take_window
 
 PREFILL = Case("prefill 4", "prefill", 4)
@@ -60,7 +61,7 @@ async def test_turns_go_round_case_by_case(foreign: list[float]) -> None:
     log: list[str] = []
     contenders = [Contender(n, Fake(n, log, prefill=10, decode=20)) for n in ("a", "b")]
     told: list[str] = []
-    windows = await measure(
+    windows, failed = await measure(
         contenders,
         [PREFILL, DECODE],
         repeats=2,
@@ -70,6 +71,7 @@ async def test_turns_go_round_case_by_case(foreign: list[float]) -> None:
         tell=told.append,
     )
     one_round = ["a prefill", "b prefill", "a decode", "b decode"]
+    assert failed == {}
     assert log == one_round * 3  # the trial round, then both repeats
     assert [w.repeat for w in windows] == [-1] * 4 + [0] * 4 + [1] * 4
     assert "trial  prefill 4, a: 10 tokens/s" in told
@@ -97,6 +99,38 @@ async def test_what_has_no_chance_after_the_trial_round_is_not_asked_again(
     # Only variants of one engine rule each other out, and case by case.
     repeated = ["e fast prefill", "other prefill", "e fast decode", "e slow decode", "other decode"]
     assert log[6:] == repeated
+
+
+class Failing(Fake):
+    async def ask(self, question: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        if question["op"] == "decode":
+            raise EngineFailed(f"{self.name}: out of memory")
+        return await super().ask(question, timeout_s)
+
+
+async def test_one_that_fails_on_the_way_is_left_out_unless_it_is_required(
+    foreign: list[float],
+) -> None:
+    log: list[str] = []
+    good = Contender("e", Fake("good", log, prefill=10, decode=10))
+    bad = Failing("bad", log, prefill=10)
+
+    async def run(*contenders: Contender) -> tuple[list[Window], dict[str, str]]:
+        return await measure(
+            contenders,
+            [PREFILL, DECODE],
+            repeats=1,
+            seed=1,
+            window_s=1.0,
+            patience=patience(0),
+            tell=lambda _: None,
+        )
+
+    windows, failed = await run(Contender("e", bad), good)
+    assert failed == {"bad": "bad: out of memory"}
+    assert [w.variant for w in windows] == ["bad", "good", "good", "good", "good"]
+    with pytest.raises(EngineFailed, match="out of memory"):
+        await run(Contender("e", bad, required=True), good)
 
 
 def test_the_best_variant_always_has_a_chance() -> None:
