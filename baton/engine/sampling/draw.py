@@ -9,25 +9,26 @@ tokens of nearly equal probability may swap ranks when another batch shape round
 and a cumulative sum in id order does not notice.
 
 No row looks at another row, so a request's draw does not depend on its batch.
-Shapes: S rows to sample, V vocabulary, m candidates of a row. Sums are float64.
+Shapes: S rows to sample, R rows of one kind, V vocabulary. Sums are float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from baton.engine.philox import uniforms
+from baton.engine.sampling.filters import bins_of, keep_top_k, keep_top_p
 from baton.protocol.sampling import SamplingParams
 
-NUCLEUS_CANDIDATES = 256
-"""Top-p without top-k first looks at so many tokens, and at eight times as many until they hold
-enough: sorting a whole vocabulary costs far more than a few selections from it."""
-NUCLEUS_GROWTH = 8
 MIN_TEMPERATURE = 1e-30
 """Below this the best token has all the weight, and float32 would divide by zero."""
+MAX_ELEMENTS = 4 * 2**20
+"""Of one pass: more rows would only need more memory."""
+BLOCK = 128
+"""A draw sums blocks of so many tokens, and looks into one of them."""
 
 
 def draw_tokens(
@@ -38,42 +39,15 @@ def draw_tokens(
     A logit is finite, or -inf for what must not be drawn; a row has one finite at least.
     Temperature 0 takes the first of the best. Equal logits rank by rising token id.
     """
-    token_ids = logits.argmax(dim=-1)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if not drawn:
-        return token_ids
-    vocab_size = logits.shape[1]
-    by_rank = [i for i in drawn if 0 < params[i].top_k < vocab_size]
-    unranked = [i for i in drawn if not 0 < params[i].top_k < vocab_size]
-    by_mass = [i for i in unranked if params[i].top_p < 1]
-    plain = [i for i in unranked if params[i].top_p >= 1]
-    uniform = uniforms([p.seed for p in params], positions)
-
-    def pick(rows: Sequence[int], weights: Tensor, ids: Tensor | None) -> None:
-        chosen = _invert(weights, torch.from_numpy(uniform[list(rows)]).to(logits.device))
-        token_ids[list(rows)] = (chosen if ids is None else ids.gather(1, chosen))[:, 0]
-
-    if plain:
-        pick(plain, _scaled(logits, params, plain).exp(), None)
-    if by_rank:
-        scaled = _scaled(logits, params, by_rank)
-        ids = best_ids(scaled, max(params[i].top_k for i in by_rank))
-        pick(by_rank, _kept_by_rank(scaled.gather(1, ids), params, by_rank), ids)
-    num_candidates = min(vocab_size, NUCLEUS_CANDIDATES)
-    while by_mass:
-        scaled = _scaled(logits, params, by_mass)
-        ids = best_ids(scaled, num_candidates)
-        total = scaled.exp().sum(dim=1, keepdim=True, dtype=torch.float64)
-        top_p = _column([params[i].top_p for i in by_mass], total)
-        weights = scaled.gather(1, ids).exp().double()
-        enough = (weights.sum(dim=1) >= (top_p * total)[:, 0]).tolist()
-        enough = [ok or num_candidates == vocab_size for ok in enough]
-        done = [n for n, ok in enumerate(enough) if ok]
-        if done:
-            kept = _nucleus(weights[done], top_p[done] * total[done])
-            pick([by_mass[n] for n in done], kept, ids[done])
-        by_mass = [i for i, ok in zip(by_mass, enough, strict=True) if not ok]
-        num_candidates = min(vocab_size, num_candidates * NUCLEUS_GROWTH)
+        return logits.argmax(dim=-1)
+    uniform = torch.from_numpy(uniforms([p.seed for p in params], positions)).to(logits.device)
+    all_greedy = len(drawn) < len(params)
+    token_ids = logits.argmax(dim=-1) if all_greedy else uniform.new_empty(len(params)).long()
+    for rows in _slabs(params, drawn, logits.shape[1]):
+        weights = _weights(logits, [params[i] for i in rows], rows)
+        token_ids[rows] = invert(weights, uniform[rows])
     return token_ids
 
 
@@ -94,47 +68,77 @@ def best_ids(values: Tensor, count: int) -> Tensor:
     return kept.nonzero()[:, 1].view(num_rows, count)
 
 
+def invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Ids ``[R]`` at which the running sum of ``weights`` (``[R, V]``) first exceeds ``uniform``
+    (float64 ``[R]``, in [0, 1)) times the total. A token of weight 0 never is one."""
+    vocab_size = weights.shape[1]
+    whole = vocab_size // BLOCK * BLOCK
+    sums = weights[:, :whole].view(len(weights), -1, BLOCK).sum(dim=2, dtype=torch.float64)
+    if whole < vocab_size:
+        tail = weights[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64)
+        sums = torch.cat([sums, tail], dim=1)
+    total = torch.nn.functional.pad(sums.cumsum(dim=1), (1, 0))
+    end = total[:, -1:]
+    # The product may round up to the total, beyond which there is no token.
+    target = torch.minimum(uniform[:, None] * end, end.nextafter(torch.zeros_like(end)))
+    block = torch.searchsorted(total[:, 1:].contiguous(), target, right=True)
+    ids = (block * BLOCK + torch.arange(BLOCK, device=weights.device)).clamp_(max=vocab_size - 1)
+    inside = weights.gather(1, ids).double()
+    # Ids past the vocabulary's end repeat its last token: they must not weigh again.
+    inside[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], 0)
+    running = inside.cumsum(dim=1) + total.gather(1, block)
+    place = torch.searchsorted(running, target, right=True)
+    # Summed in another order a block may end just short of the target: its last token then.
+    last = BLOCK - 1 - (inside > 0).flip(1).long().argmax(dim=1, keepdim=True)
+    return ids.gather(1, torch.minimum(place, last))[:, 0]
+
+
+def _slabs(
+    params: Sequence[SamplingParams], drawn: Sequence[int], vocab_size: int
+) -> Iterator[list[int]]:
+    """Rows that need the same filters, so many at a time."""
+    alike: dict[tuple[bool, bool], list[int]] = {}
+    for i in drawn:
+        kind = (0 < params[i].top_k < vocab_size, params[i].top_p < 1)
+        alike.setdefault(kind, []).append(i)
+    size = max(1, MAX_ELEMENTS // vocab_size)
+    for rows in alike.values():
+        for first in range(0, len(rows), size):
+            yield rows[first : first + size]
+
+
+def _weights(logits: Tensor, params: Sequence[SamplingParams], rows: Sequence[int]) -> Tensor:
+    """float32 ``[R, V]``, 1 for the best token, 0 for what the filters drop."""
+    scaled = _scaled(logits, params, rows)
+    weights = scaled.exp()
+    has_top_k = 0 < params[0].top_k < logits.shape[1]
+    has_top_p = params[0].top_p < 1
+    if has_top_k or has_top_p:
+        bins = bins_of(scaled)
+        if has_top_k:
+            top_k = torch.tensor([p.top_k for p in params], device=logits.device)[:, None]
+            keep_top_k(weights, scaled, bins, top_k)
+        if has_top_p:
+            top_p = [p.top_p for p in params]
+            like = weights.new_tensor(top_p, dtype=torch.float64)
+            keep_top_p(weights, scaled, bins, like[:, None])
+    return weights
+
+
 def _scaled(logits: Tensor, params: Sequence[SamplingParams], rows: Sequence[int]) -> Tensor:
     """Log-weights ``[R, V]`` float32, 0 for the best: no temperature makes them overflow.
 
     -inf for what min-p drops.
     """
-    picked = logits[list(rows)]
-    temperature = _column([max(params[i].temperature, MIN_TEMPERATURE) for i in rows], picked)
-    scaled = (picked - picked.amax(dim=1, keepdim=True)) / temperature
-    if any(params[i].min_p > 0 for i in rows):
+    picked = logits if len(rows) == len(logits) else logits[list(rows)]
+    scaled = picked - picked.amax(dim=1, keepdim=True)
+    if any(p.temperature != 1 for p in params):
+        scaled /= _column([max(p.temperature, MIN_TEMPERATURE) for p in params], scaled)
+    if any(p.min_p > 0 for p in params):
         # The best token's log-weight is 0, so min-p is a bound that is the same for every row.
-        bound = _column([params[i].min_p for i in rows], scaled).log()
+        bound = _column([p.min_p for p in params], scaled).log()
         scaled.masked_fill_(scaled < bound, float("-inf"))
     return scaled
-
-
-def _kept_by_rank(
-    candidates: Tensor, params: Sequence[SamplingParams], rows: Sequence[int]
-) -> Tensor:
-    """Weights ``[R, m]`` after top-k, then top-p of what top-k left; 0 for what is dropped."""
-    rank = candidates.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    top_k = torch.tensor([params[i].top_k for i in rows], device=rank.device)[:, None]
-    weights = candidates.exp().double() * (rank < top_k)
-    top_p = _column([params[i].top_p for i in rows], weights)
-    filtered = _nucleus(weights, top_p * weights.sum(dim=1, keepdim=True))
-    return torch.where(top_p < 1, filtered, weights)
-
-
-def _nucleus(weights: Tensor, needed: Tensor) -> Tensor:
-    """Zero all but the fewest heaviest whose sum reaches ``needed``; at least one stays."""
-    ordered, order = weights.sort(dim=1, descending=True, stable=True)
-    before = ordered.cumsum(dim=1) - ordered
-    return torch.zeros_like(weights).scatter(1, order, ordered * (before < needed))
-
-
-def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Column ``[R, 1]`` where the running sum first exceeds uniform x total: weight 0 never is."""
-    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # The product may round up to the total, beyond which there is no column.
-    target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

@@ -74,10 +74,27 @@ def test_top_p_keeps_no_more_than_it_needs() -> None:
     assert drawn == {0, 1}
 
 
-def test_the_ends_of_the_interval_draw_kept_tokens_only() -> None:
-    weights = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]], dtype=torch.float64).expand(2, -1)
+@pytest.mark.parametrize("size", [5, 128, 129, 300, 1024])
+def test_the_ends_of_the_interval_draw_kept_tokens_only(size: int) -> None:
+    weights = torch.zeros(2, size)
+    first, last = size // 3, 2 * size // 3
+    weights[:, first], weights[:, last] = 0.3, 0.7
     ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw._invert(weights, ends).tolist() == [[1], [3]]
+    assert draw.invert(weights, ends).tolist() == [first, last]
+    weights[:, size - 1] = 0.1
+    assert draw.invert(weights, ends).tolist() == [first, size - 1]
+
+
+@pytest.mark.parametrize("size", [1, 40, 128, 1000, 4096])
+def test_a_draw_inverts_the_running_sum(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.rand(200, size, generator=generator) ** 6
+    weights[weights < 0.01] = 0
+    weights[:, size // 2] = 1e-3
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    sums = weights.double().cumsum(dim=1)
+    expected = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
+    assert torch.equal(draw.invert(weights, uniform), expected)
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-6, 100.0])
@@ -90,14 +107,31 @@ def test_extreme_temperatures_stay_finite(temperature: float) -> None:
         assert drawn == {3}
 
 
-def test_few_candidates_first_gives_the_same_nucleus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flat rows need the whole vocabulary, steep ones do not; mixed, none may notice."""
-    steepness = torch.tensor([0.0, 0.01, 1.0, 8.0, 0.3, 20.0])[:, None]
-    logits = torch.randn(6, 3_000, generator=torch.Generator().manual_seed(1)) * steepness
-    params = [SamplingParams(temperature=1.0, top_p=0.97, seed=n) for n in range(6)]
-    found = [draw_tokens(logits, params, [p] * 6).tolist() for p in range(40)]
-    monkeypatch.setattr(draw, "NUCLEUS_CANDIDATES", 3_000)
-    assert found == [draw_tokens(logits, params, [p] * 6).tolist() for p in range(40)]
+def kept_by_sorting(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
+    scaled = (logits - logits.max()) / p.temperature
+    ranked, order = scaled.sort(descending=True, stable=True)
+    weights = ranked.exp().double()
+    weights[p.top_k or len(weights) :] = 0
+    before = weights.cumsum(dim=0) - weights
+    weights[before >= p.top_p * weights.sum()] = 0
+    return torch.zeros(len(logits), dtype=torch.float64).scatter(0, order, weights)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 40, 2_999])
+@pytest.mark.parametrize("top_p", [0.0001, 0.5, 0.97, 0.999999, 1.0])
+def test_filters_keep_what_sorting_keeps(top_k: int, top_p: float) -> None:
+    """Flat rows and steep ones, rows of equal values, rows that are mostly masked."""
+    steepness = torch.tensor([0.0, 1e-4, 0.01, 1.0, 8.0, 0.3, 20.0, 1.0, 1.0])[:, None]
+    logits = torch.randn(9, 3_000, generator=torch.Generator().manual_seed(1)) * steepness
+    logits[7] = logits[7].round()
+    logits[8, 20:] = float("-inf")
+    params = [SamplingParams(temperature=0.9, top_k=top_k, top_p=top_p)] * 9
+    for rows in (range(9), [4], [8, 0]):
+        found = draw._weights(logits[list(rows)], params[: len(rows)], range(len(rows)))
+        for n, row in enumerate(rows):
+            expected = kept_by_sorting(logits[row], params[row])
+            assert torch.equal(found[n] > 0, expected > 0)
+            assert torch.allclose(found[n].double(), expected)
 
 
 def test_logprobs_list_the_best_first_and_ties_by_id() -> None:
