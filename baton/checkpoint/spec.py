@@ -129,6 +129,7 @@ def load_spec(folder: Path, max_model_len: int | None = None) -> ModelSpec:
         partial_rotary=family.partial_rotary,
     )
     ropes = family.ropes(config, windows, context)
+    served = min(reach(rope, max_positions) for rope in ropes)
     bos_token_id, eos_token_ids = _read_special_ids(folder, config, vocab_size)
     return ModelSpec(
         family=family.name,
@@ -148,8 +149,9 @@ def load_spec(folder: Path, max_model_len: int | None = None) -> ModelSpec:
         scales=family.scales(config, hidden_size, head_dim),
         ropes=ropes,
         tie_word_embeddings=config.boolean("tie_word_embeddings", family.tied_by_default),
-        max_position_embeddings=min(reach(rope, max_positions) for rope in ropes),
-        sliding_windows=windows,
+        max_position_embeddings=served,
+        # A window that no sequence outgrows is none: full attention has the faster ways.
+        sliding_windows=tuple(w if w is not None and w < served else None for w in windows),
         experts=experts,
         qkv_bias=biases.qkv,
         output_bias=biases.output,

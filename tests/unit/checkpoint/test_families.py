@@ -184,6 +184,7 @@ def test_phi4_turns_part_of_a_head_and_its_range_is_short_or_long(tmp_path: Path
     assert rope.attention_factor == pytest.approx(1.1902380714238083)
     assert spec.max_position_embeddings == 4096
     assert load(tmp_path, PHI4_MINI).variant == ""
+    assert set(spec.sliding_windows) == {None}
     long = load_spec(tmp_path, max_model_len=32_768)
     assert long.ropes[0].divisors[-1] == 48.0
     assert long.max_position_embeddings == 131_072

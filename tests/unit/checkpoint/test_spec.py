@@ -77,7 +77,9 @@ def test_absent_fields_mean_what_the_families_say(tmp_path: Path) -> None:
     assert not qwen2.output_bias
     qwen3 = load(tmp_path, QWEN3)
     assert (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias) == (128, True, False)
-    assert load(tmp_path, MISTRAL).sliding_windows == (4096, 4096)
+    longer = {"max_position_embeddings": 32_768}
+    assert load(tmp_path, MISTRAL, **longer).sliding_windows == (4096, 4096)
+    assert load(tmp_path, MISTRAL).sliding_windows == (None, None)
     assert load(tmp_path, MISTRAL, sliding_window=None).sliding_windows == (None, None)
     assert load(tmp_path, TINY_LLAMA, sliding_window=64).sliding_windows == (None, None)
 
