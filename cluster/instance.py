@@ -99,6 +99,7 @@ def load_executor(spec: WorkerSpec, progress: Progress | None) -> Executor:
         num_blocks=engine.num_blocks,
         block_size=engine.block_size,
         num_threads=engine.num_threads,
+        swap_blocks=engine.swap_blocks,
         deterministic=spec.model.deterministic,
         max_model_len=spec.model.max_model_len,
         tensor_parallel=spec.pool.tensor_parallel,

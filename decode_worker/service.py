@@ -31,13 +31,21 @@ class DecodeService:
         self._executor = executor
         engine = spec.pool.engine
         pool = BlockPool(engine.num_blocks, engine.block_size)
+        scheduler = Scheduler(
+            pool,
+            engine,
+            frozenset(executor.spec.eos_token_ids),
+            block_bytes=executor.block_bytes,
+            num_layers=executor.spec.num_layers,
+        )
+        scheduler.set_rates(executor.swap_rates)
         self.decider = DecodeDecider(
             spec.worker_id,
             incarnation,
             spec.pool.role,
             engine,
             pool,
-            Scheduler(pool, engine, frozenset(executor.spec.eos_token_ids)),
+            scheduler,
             Receiver(pool, executor.layout, engine, spec.kv_transfer),
             executor.spec.vocab_size,
         )

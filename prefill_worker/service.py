@@ -37,7 +37,14 @@ class PrefillService:
         # A sequence leaves with its first token: there is nothing to guess.
         engine = msgspec.structs.replace(spec.pool.engine, speculation="off")
         pool = BlockPool(engine.num_blocks, engine.block_size)
-        scheduler = Scheduler(pool, engine, frozenset(executor.spec.eos_token_ids))
+        scheduler = Scheduler(
+            pool,
+            engine,
+            frozenset(executor.spec.eos_token_ids),
+            block_bytes=executor.block_bytes,
+            num_layers=executor.spec.num_layers,
+        )
+        scheduler.set_rates(executor.swap_rates)
         sender = Sender(pool, executor.layout, spec.kv_transfer)
         self.decider = PrefillDecider(
             spec.worker_id, incarnation, pool, scheduler, sender, executor.spec.vocab_size

@@ -37,8 +37,10 @@ class Admission:
         self.num_blocked = 0
         """Steps at which the most urgent waiting sequence did not fit into the free blocks."""
 
-    def admit(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Those that now run, and of how many tokens the first step is to be."""
+    def admit(self, budget: int, single_cost: int = 1) -> list[tuple[Sequence, int]]:
+        """Those that now run, and of how many tokens the first step is to be. Each runs in it:
+        copies into the blocks of one that does not could go on after it is dropped.
+        single_cost: of running one token and no more."""
         admitted = []
         while budget > 0:
             sequence, found = self._next()
@@ -47,11 +49,15 @@ class Admission:
             if not self._fits(sequence, found.blocks):
                 self.num_blocked += 1
                 break
+            known = max(sequence.num_computed, len(found.blocks) * self._pool.block_size)
+            count = min(sequence.num_tokens - known, budget)
+            cost = single_cost if count == 1 else count
+            if cost > budget:
+                break
             self._waiting.remove(sequence)
             self._seat(sequence, found.blocks)
-            count = min(sequence.num_tokens - sequence.num_computed, budget)
             admitted.append((sequence, count))
-            budget -= count
+            budget -= cost
         return admitted
 
     def next_fits(self) -> bool | None:

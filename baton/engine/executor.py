@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -18,6 +20,7 @@ from baton.checkpoint.digest import model_digest
 from baton.checkpoint.spec import ModelSpec, load_spec
 from baton.engine.cuda_graphs import CudaRecorder, DecodeGraphs
 from baton.engine.kv_cache import Bytes, KvCache
+from baton.engine.layer_groups import LayerGroups, split_chunks
 from baton.engine.models.backends import backend_for
 from baton.engine.models.decoder import Decoder
 from baton.engine.models.model import assemble
@@ -27,13 +30,15 @@ from baton.engine.parallel.messages import LoadSettings, ReadKv, WriteKv
 from baton.engine.parallel.ranks import STEP_DEADLINE_S, Ranks
 from baton.engine.parallel.shard import allowed_sizes, part_of, refusals
 from baton.engine.plan import FailedSequence, SampledToken, SequenceChunk, StepPlan, StepResult
+from baton.engine.preemption import EngineRates
 from baton.engine.sampler import Sampler
 from baton.engine.sampling.drafts import kept_draws, rows_of
 from baton.engine.sampling.prompt_logprobs import PromptScorer
-from baton.engine.step_inputs import StepShape, build_inputs
+from baton.engine.step_inputs import StepInputs, StepShape, build_inputs
 from baton.engine.structured.grammar import Vocabulary
 from baton.engine.structured.masks import GrammarMasks
 from baton.engine.structured.store import GrammarStore
+from baton.engine.swap_space import SwapSpace
 from baton.engine.weights import Progress, load_parameters
 from baton.protocol.errors import ConfigError, InternalError, RankLost
 from baton.protocol.layout import DTYPE_BYTES, KvLayout
@@ -56,6 +61,7 @@ class Executor:
         ranks: Ranks | None,
         grammars: GrammarStore,
         graphs: DecodeGraphs | None,
+        swap_space: SwapSpace | None = None,
     ) -> None:
         self.spec = spec
         self.grammars = grammars
@@ -65,6 +71,11 @@ class Executor:
         self._decoder = decoder
         self._graphs = graphs
         self._cache = cache
+        self._swap_space = swap_space
+        self._layer_groups = LayerGroups(decoder, cache, spec.num_layers)
+        self.block_bytes = cache.layout.bytes_per_token * cache.block_size
+        """Of one KV block on this rank, all layers."""
+        self.swap_rates = EngineRates() if swap_space is None else swap_space.measure()
         self._sampler = Sampler(spec.eos_token_ids)
         self._shape = StepShape(
             vocab_size=spec.vocab_size,
@@ -84,6 +95,7 @@ class Executor:
         block_size: int,
         num_threads: int,
         max_model_len: int | None = None,
+        swap_blocks: int = 0,
         deterministic: bool = False,
         tensor_parallel: int = 1,
         rank_deadline_s: float = STEP_DEADLINE_S,
@@ -94,6 +106,7 @@ class Executor:
         dtype: of the KV cache, the weights and, on a GPU, the arithmetic; a CPU computes in
         float32 on what it reads in that dtype. Sets the process's compute threads.
         max_model_len: the longest sequence, for models that turn long ones another way.
+        swap_blocks: KV blocks of host memory, for plans that swap.
         deterministic: a request's logits are bitwise the same whatever shares its batch and
         however it is cut into chunks (see ``models.backends``).
         tensor_parallel: processes over which the model is split, this one and children of the
@@ -111,6 +124,7 @@ class Executor:
             num_threads=num_threads,
             max_model_len=max_model_len,
             deterministic=deterministic,
+            swap_blocks=swap_blocks,
             num_ranks=tensor_parallel,
         )
         if tensor_parallel == 1:
@@ -191,7 +205,8 @@ class Executor:
             graphs = None
             if device.type == "cuda" and group is ALONE:
                 graphs = DecodeGraphs(lambda i: decoder.forward(i, cache), CudaRecorder(device))
-            return cls(spec, layout, decoder, cache, device, ranks, grammars, graphs)
+            swap_space = SwapSpace(cache, settings.swap_blocks) if settings.swap_blocks else None
+            return cls(spec, layout, decoder, cache, device, ranks, grammars, graphs, swap_space)
 
     @property
     def rank_fds(self) -> tuple[int, ...]:
@@ -219,16 +234,18 @@ class Executor:
         self._masks.forget(plan.gone)
         sampling = [c for c in plan.chunks if c.samples]
         scorer = PromptScorer(plan.chunks)
-        logits = self._logits(plan, scorer.add)
+        logits, (out_seconds, in_seconds) = self._run(plan, scorer.add)
         prompt_logprobs = scorer.parts()
         sampled, failed = self._sample(logits, sampling) if sampling else ((), ())
-        seconds = time.perf_counter() - began
-        return StepResult(plan.step, sampled, seconds, prompt_logprobs, failed=failed)
+        seconds = time.perf_counter() - began - out_seconds - in_seconds
+        return StepResult(
+            plan.step, sampled, seconds, prompt_logprobs, out_seconds, in_seconds, failed
+        )
 
     @torch.inference_mode()
     def forward_logits(self, plan: StepPlan) -> Tensor:
         """Logits ``[S, vocab]`` float32 of the chunks that sample, in plan order; no draw."""
-        return self._logits(plan)
+        return self._run(plan)[0]
 
     @torch.inference_mode()
     def read_kv(
@@ -265,16 +282,42 @@ class Executor:
         place = self._ranks.range(block_table, start, num_tokens, layer_start, num_layers)
         self._ranks.ask([WriteKv(place, part) for part in others])
 
-    def _logits(self, plan: StepPlan, score: Callable[[Tensor], None] | None = None) -> Tensor:
-        inputs = build_inputs(plan, self._shape)
-        if self._ranks is None:
-            replayed = None if self._graphs is None else self._graphs.logits(inputs)
-            if replayed is not None:
-                return replayed
-            return self._decoder.forward(inputs, self._cache, score)
+    def _run(
+        self, plan: StepPlan, score: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor, tuple[float, float]]:
+        """Logits of the chunks that sample, and the seconds of the copies (out, in)."""
+        whole, grouped = split_chunks(plan)
+        parts = [
+            (chunks, build_inputs(replace(plan, chunks=chunks), self._shape))
+            for chunks in (whole, grouped)
+            if chunks
+        ]
         # Only what this rank takes for a plan goes to the others.
-        with self._ranks.step(plan):
-            return self._decoder.forward(inputs, self._cache, score)
+        with nullcontext() if self._ranks is None else self._ranks.step(plan):
+            seconds = self._copy(plan)
+            logits = [
+                self._forward(inputs, score)
+                if chunks is whole
+                else self._layer_groups.forward(chunks, inputs, score)
+                for chunks, inputs in parts
+            ]
+        rows = [part for part in logits if len(part)]
+        if len(rows) == 1:
+            return rows[0], seconds
+        return torch.cat(rows) if rows else torch.empty((0, self.spec.vocab_size)), seconds
+
+    def _copy(self, plan: StepPlan) -> tuple[float, float]:
+        if not plan.swap_out and not plan.swap_in:
+            return 0.0, 0.0
+        if self._swap_space is None:
+            raise InternalError(f"step {plan.step} swaps, and this engine has no swap_blocks")
+        return self._swap_space.copy(plan.swap_out, plan.swap_in)
+
+    def _forward(self, inputs: StepInputs, score: Callable[[Tensor], None] | None) -> Tensor:
+        replayed = None if self._graphs is None else self._graphs.logits(inputs)
+        if replayed is not None:
+            return replayed
+        return self._decoder.forward(inputs, self._cache, score)
 
     def _sample(
         self, logits: Tensor, chunks: Sequence[SequenceChunk]

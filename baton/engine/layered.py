@@ -13,7 +13,7 @@ from baton.engine.sequence import Sequence
 
 class LayeredPrefill:
     def __init__(self, num_layers: int) -> None:
-        self._num_layers = num_layers
+        self.num_layers = num_layers
         self._num_groups = 1
         self._group = 0
         self._counts: dict[str, int] = {}
@@ -26,22 +26,19 @@ class LayeredPrefill:
         """Tokens with which it is on its way; 0 when it is not."""
         return self._counts.get(sequence.seq_id, 0)
 
-    def most_tokens(self, budget: int) -> int:
-        """Of a new batch, in steps whose work is to be ``budget`` tokens through all layers."""
-        return budget * self._num_layers
-
     def begin(self, prompts: list[tuple[Sequence, int]], budget: int) -> None:
+        """In as many steps as make the work of each ``budget`` tokens through all layers."""
         assert not self._counts, "one batch at a time"
         self._counts = {sequence.seq_id: count for sequence, count in prompts}
         num_tokens = sum(self._counts.values())
-        self._num_groups = max(1, min(self._num_layers, -(-num_tokens // max(1, budget))))
+        self._num_groups = max(1, min(self.num_layers, -(-num_tokens // max(1, budget))))
         self._group = 0
 
     @property
     def layers(self) -> tuple[int, int]:
         """(first, number) of this step's group. Groups differ by a layer at most."""
-        first = self._group * self._num_layers // self._num_groups
-        behind = (self._group + 1) * self._num_layers // self._num_groups
+        first = self._group * self.num_layers // self._num_groups
+        behind = (self._group + 1) * self.num_layers // self._num_groups
         return first, behind - first
 
     @property

@@ -255,17 +255,18 @@ class Scheduler:
         return chunks, prompts
 
     def _prompts(
-        self, prompts: list[Sequence], budget: int, admits: bool
+        self, prompts: list[Sequence], budget: int, admits: bool, single_cost: int = 1
     ) -> list[tuple[Sequence, int]]:
         """Who runs how many tokens of the rest of the budget: those that have begun, then new
-        ones."""
+        ones. single_cost: of running one token and no more."""
         chosen = []
         for sequence in prompts:
-            if budget > 0 and sequence.block_table:
-                count = min(sequence.num_tokens - sequence.num_computed, budget)
+            count = min(sequence.num_tokens - sequence.num_computed, budget)
+            cost = single_cost if count == 1 else count
+            if sequence.block_table and 0 < cost <= budget:
                 chosen.append((sequence, count))
-                budget -= count
-        return chosen + self._admission.admit(budget) if admits else chosen
+                budget -= cost
+        return chosen + self._admission.admit(budget, single_cost) if admits else chosen
 
     def _layer_group(
         self, layered: LayeredPrefill, prompts: list[Sequence], budget: int, admits: bool
@@ -275,11 +276,12 @@ class Scheduler:
         if layered.is_under_way:
             chosen = [(s, layered.count(s)) for s in prompts if layered.count(s)]
         else:
-            both = self._prompts(prompts, layered.most_tokens(budget), admits)
-            # With one token to run there is nothing to spread over steps.
-            alone = [self._chunk(s, n) for s, n in both if s.num_tokens - s.num_computed == 1]
-            chosen = [(s, n) for s, n in both if s.num_tokens - s.num_computed > 1]
-            layered.begin(chosen, budget)
+            # One token is not worth spreading over steps: it takes all layers of this one.
+            depth = layered.num_layers
+            both = self._prompts(prompts, budget * depth, admits, single_cost=depth)
+            alone = [self._chunk(s, n) for s, n in both if n == 1]
+            chosen = [(s, n) for s, n in both if n > 1]
+            layered.begin(chosen, budget - len(alone))
         return alone + [self._chunk(s, n, layered) for s, n in chosen]
 
     def _chunk(

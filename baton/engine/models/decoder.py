@@ -47,11 +47,28 @@ class Decoder:
         their logits, a few rows at a time. Rank 0 alone gets logits; the others compute
         their part of the same rows.
         """
-        hidden = self._embed(inputs.token_ids)
+        hidden = self.embed(inputs)
+        hidden = self.run_layers(hidden, inputs, cache, range(len(self._model.layers)))
+        return self.logits(hidden, inputs, score)
+
+    def embed(self, inputs: StepInputs) -> Tensor:
+        return self._embed(inputs.token_ids)
+
+    def run_layers(
+        self, hidden: Tensor, inputs: StepInputs, cache: KvCache, layers: range
+    ) -> Tensor:
+        """``hidden`` ``[T, h]`` behind ``layers``; their K and V are stored."""
         turns = self._rotary.rotations(inputs.positions)
-        for number, layer in enumerate(self._model.layers):
+        for number in layers:
+            layer = self._model.layers[number]
             hidden = self._attention(hidden, layer, number, turns[number], inputs, cache)
             hidden = self._mlp(hidden, layer)
+        return hidden
+
+    def logits(
+        self, hidden: Tensor, inputs: StepInputs, score: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """What ``forward`` gives, of rows behind the last layer."""
         for first in range(0, len(inputs.score_rows), SCORED_ROWS_AT_ONCE):
             rows = inputs.score_rows[first : first + SCORED_ROWS_AT_ONCE]
             logits = self._logits(hidden, rows)
