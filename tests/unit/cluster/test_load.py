@@ -112,7 +112,12 @@ def test_unknown_key_without_a_near_one_lists_the_known_ones() -> None:
 
 def test_missing_keys_are_named_at_the_line_of_their_mapping() -> None:
     assert problems("version: 1\npools:\n  - {name: p}\n  - {name: d, role: decode}\n") == [
-        (1, "model", "is missing; allowed: a mapping with path, dtype, max_model_len, served_name"),
+        (
+            1,
+            "model",
+            "is missing; allowed: a mapping with path, dtype, max_model_len, served_name, "
+            "deterministic",
+        ),
         (3, "pools[0].role", "is missing; allowed: decode, mixed, prefill"),
     ]
 
