@@ -141,8 +141,9 @@ def main() -> NoReturn:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     steps_fd, kv_fd, parent = (int(word) for word in sys.argv[1:])
-    # Ctrl-C is for rank 0 to act on, as for any process without a terminal of its own.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Said to all processes of a group, these two are for rank 0 to act on.
+    for said in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(said, signal.SIG_IGN)
     _die_with(parent)
     code = 1
     try:

@@ -34,7 +34,7 @@ from baton.engine.parallel.messages import (
     encode_plan,
 )
 from baton.engine.plan import StepPlan
-from baton.protocol.errors import InternalError, RankLost, from_code
+from baton.protocol.errors import InternalError, PeerError, RankLost, from_code
 
 STEP_DEADLINE_S = 30.0
 """Longest wait of one rank for another within a step; ranks do the same work at the same time."""
@@ -111,7 +111,7 @@ class Ranks:
         for rank in self._ranks:
             try:
                 answer: Start = rank.steps.receive(Start, START_DEADLINE_S)
-            except RankLost as exc:
+            except PeerError as exc:
                 raise self._lost(exc) from exc
             if isinstance(answer, Failed):
                 raise from_code(answer.code, f"rank {rank.number}: {answer.message}")
@@ -141,7 +141,7 @@ class Ranks:
             for rank, request in zip(self._ranks, requests, strict=True):
                 rank.kv.send(request, self._deadline_s)
             answers: list[KvDone] = [r.kv.receive(KvDone, self._deadline_s) for r in self._ranks]
-        except RankLost as exc:
+        except PeerError as exc:
             raise self._lost(exc) from exc
         return [answer.payload for answer in answers]
 
@@ -195,7 +195,7 @@ class Ranks:
         if self._loss is not None:
             raise self._loss
 
-    def _lost(self, cause: RankLost) -> RankLost:
+    def _lost(self, cause: PeerError) -> RankLost:
         """The first loss, with what the operating system knows of the processes."""
         if self._loss is None:
             self._loss = RankLost(
@@ -220,18 +220,29 @@ def _describe(rank: _Rank, code: int) -> str:
 def _spawn(number: int) -> _Rank:
     """Standard output is the worker's own; what a rank prints goes to the log."""
     name = f"rank {number}"
-    steps, steps_of_rank = pair(name)
-    kv, kv_of_rank = pair(name)
-    with steps_of_rank, kv_of_rank:
-        fds = (steps_of_rank.fileno(), kv_of_rank.fileno())
-        process = subprocess.Popen(
-            [sys.executable, "-m", "baton.engine.parallel.rank", *map(str, fds), str(os.getpid())],
+    with contextlib.ExitStack() as on_failure:
+        steps, steps_of_rank = pair(name)
+        on_failure.callback(steps.close)
+        kv, kv_of_rank = pair(name)
+        on_failure.callback(kv.close)
+        with steps_of_rank, kv_of_rank:
+            process = _process(steps_of_rank.fileno(), kv_of_rank.fileno())
+        on_failure.pop_all()
+    return _Rank(number, process, steps, kv)
+
+
+def _process(*fds: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "baton.engine.parallel.rank", *map(str, fds)]
+    try:
+        return subprocess.Popen(
+            [*command, str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=2,
             pass_fds=fds,
             env=os.environ | {"PYTHONPATH": _import_path()},
         )
-    return _Rank(number, process, steps, kv)
+    except OSError as exc:
+        raise RankLost(f"a rank's process cannot be started: {exc}", hop="ranks") from exc
 
 
 def _import_path() -> str:
