@@ -180,7 +180,8 @@ def test_what_a_rank_cannot_load_is_what_is_raised(
 
 
 async def test_one_rank_hands_over_to_two(tmp_path: Path) -> None:
-    """A prefill worker of one process, a decode worker of two: the tokens of transformers."""
+    """A prefill worker of one process, a decode worker of two, as Ray actors: the tokens of
+    transformers, and no process is left."""
     config = ClusterConfig(
         version=1,
         model=ModelConfig(path="baton-tiny", dtype="float32"),
@@ -191,7 +192,7 @@ async def test_one_rank_hands_over_to_two(tmp_path: Path) -> None:
         router=RouterConfig(grpc_port=0, http_port=0),
     )
     prompts = [prompt_of(length, seed) for seed, length in enumerate((5, 64, 200, 33))]
-    async with running_cluster(config, tmp_path) as cluster:
+    async with running_cluster(config, tmp_path, "ray") as cluster:
         outputs = []
         for ids in prompts:
             completion = await cluster.client.generate(ids, max_tokens=24, temperature=0.0)
