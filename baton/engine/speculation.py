@@ -5,9 +5,10 @@ these positions, with the generator keyed by (seed, position), and keeps draws a
 equals the draft behind it: what it keeps is what it would have drawn token by token, so the
 output is the same with and without drafts, greedy or sampled (see ``Executor``).
 
-How long: a step takes ``1 + rows / ROWS_OF_ONE_STEP`` units of time, and a draft of d tokens of
-which each is right with probability a brings ``1 + a + ... + a**d`` tokens. The d that brings the
-most tokens per unit of time is taken; in a full batch that is 0.
+How long: a step of n sequences with d drafts each takes ``1 + n / 7 + n * (1 + d) / 12`` units of
+time, and when each draft is right with probability a, brings ``1 + a + ... + a**d`` tokens a
+sequence. The d that brings the most tokens per unit of time is taken; where nothing is guessed
+well, or the batch is large, that is 0.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import lru_cache
 
 from msgspec.structs import replace
 
@@ -24,8 +26,11 @@ from baton.engine.sequence import Sequence
 from baton.protocol.sampling import SamplingParams
 
 MAX_DRAFT_TOKENS = 8
-ROWS_OF_ONE_STEP = 32.0
-"""So many rows double the time of a step, which mostly goes into reading the weights."""
+SEQUENCES_OF_ONE_STEP, ROWS_OF_ONE_STEP = 7.0, 12.0
+"""So many sequences (their contexts), or rows, cost as much as reading the weights once. Measured
+on one core with baton-tiny; on a GPU rows are cheaper, so these lengths are on the safe side."""
+MAX_DRAFTED_SEQUENCES = 128
+"""In a larger batch nobody has drafts: it is busy, and guessing would make scheduling late."""
 MAX_INDEXED_PER_STEP = 4_096
 """Tokens: long prompts are taken in over several steps, so that none is late."""
 MAX_ACCEPTANCE = 0.95
@@ -35,15 +40,19 @@ RECOVERY = 0.99
 """What each step without a draft leaves: a sequence that was guessed badly gets another try."""
 
 
-def draft_length(num_decodes: int, acceptance: float) -> int:
-    """The best one for each of ``num_decodes`` sequences that are guessed equally well."""
+@lru_cache(maxsize=4_096)
+def draft_length(num_sequences: int, acceptance: float) -> int:
+    """The best one for each of ``num_sequences`` that are guessed equally well."""
+    if num_sequences > MAX_DRAFTED_SEQUENCES:
+        return 0
     acceptance = min(acceptance, MAX_ACCEPTANCE)
+    fixed = 1.0 + num_sequences / SEQUENCES_OF_ONE_STEP
     best, best_rate = 0, 0.0
     tokens, gain = 0.0, 1.0
     for length in range(MAX_DRAFT_TOKENS + 1):
         tokens += gain
         gain *= acceptance
-        rate = tokens / (1.0 + num_decodes * (1 + length) / ROWS_OF_ONE_STEP)
+        rate = tokens / (fixed + num_sequences * (1 + length) / ROWS_OF_ONE_STEP)
         if rate > best_rate:
             best, best_rate = length, rate
     return best
@@ -68,7 +77,8 @@ class _Guesses:
 
     @property
     def acceptance(self) -> float:
-        return (self.num_accepted + 1.0) / (self.num_drafted + 2.0)
+        """Rounded, so that few values of it occur."""
+        return round((self.num_accepted + 1.0) / (self.num_drafted + 2.0), 2)
 
     def fade(self, factor: float) -> None:
         self.num_drafted *= factor
