@@ -114,14 +114,14 @@ class Speculator:
         batch: the sequences of ``chunks``. spare_block: gives a sequence a block if that costs
         nobody anything.
         """
+        if draft_length(len(chunks), MAX_ACCEPTANCE) == 0:
+            return
         num_free_tokens = max_num_batched_tokens - sum(len(c.token_ids) for c in chunks)
         decodes = [
             place
             for place, chunk in enumerate(chunks)
             if chunk.samples and len(chunk.token_ids) == 1 and can_be_drafted(chunk.sampling)
         ]
-        if not decodes or draft_length(len(chunks), MAX_ACCEPTANCE) == 0:
-            return
         left_to_index = MAX_INDEXED_PER_STEP
         for place in decodes:
             sequence = batch[place]
