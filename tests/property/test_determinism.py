@@ -2,7 +2,8 @@
 
 Each example draws who arrives when, how steps are cut, how little room there is, whether
 prefixes are shared, and whether answers go on in another worker; each logits row that a token is
-drawn from is compared with that of the request alone, its prompt in one piece.
+drawn from is compared with that of the request alone, its prompt in one piece. Swaps, drafts
+and prefill by layers are drawn as well.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tests.support.tiny_checkpoint import TINY_LLAMA, TINY_MISTRAL, write_checkp
 
 NUM_SCHEDULES = 200
 NUM_BLOCKS = 64
+SWAP_BLOCKS = 32
 MAX_TOKENS = 6
 _COMMON = tuple(int(t) for t in np.random.default_rng(5).integers(2, 61, 200))
 PROMPTS = (
@@ -63,21 +65,29 @@ class Recording:
             num_blocks=NUM_BLOCKS,
             block_size=block_size,
             num_threads=num_threads,
+            swap_blocks=SWAP_BLOCKS,
             deterministic=True,
         )
+        self._logits: list[Tensor] = []
         decoder: Any = self.executor._decoder
-        forward = decoder.forward
+        logits = decoder.logits
 
         def record(*args: Any, **kwargs: Any) -> Any:
-            self._logits = forward(*args, **kwargs)
-            return self._logits
+            self._logits.append(logits(*args, **kwargs))
+            return self._logits[-1]
 
-        decoder.forward = record
+        decoder.logits = record
 
-    def run(self, plan: StepPlan) -> tuple[Any, dict[str, Tensor]]:
+    def run(self, plan: StepPlan) -> tuple[Any, dict[str, list[Tensor]]]:
+        """Rows by sequence: one, and one more per draft."""
+        self._logits = []
         result = self.executor.execute(plan)
-        names = [c.seq_id for c in plan.chunks if c.samples]
-        return result, dict(zip(names, self._logits.clone(), strict=True))
+        rows: dict[str, list[Tensor]] = {}
+        names = [c.seq_id for c in plan.chunks if c.samples for _ in range(1 + c.num_drafts)]
+        logits = [row.clone() for part in self._logits for row in part]
+        for name, row in zip(names, logits, strict=True):
+            rows.setdefault(name, []).append(row)
+        return result, rows
 
 
 recordings = cache(Recording)
@@ -100,7 +110,7 @@ def alone(name: str, number: int) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
     while plan := scheduler.schedule():
         result, rows = worker.run(plan)
         tokens += [new.token_id for new in scheduler.complete(result)]
-        logits.append(rows["alone"])
+        logits += rows["alone"]
     return tuple(tokens), tuple(logits)
 
 
@@ -139,6 +149,9 @@ def schedules(draw: st.DrawFn) -> Schedule:
             max_num_seqs=draw(st.integers(1, 8)),
             max_num_batched_tokens=draw(st.integers(1, 260)),
             prefix_cache=draw(st.booleans()),
+            prefill_mode=draw(st.sampled_from(("chunked", "layered"))),
+            speculation=draw(st.sampled_from(("off", "prompt_lookup"))),
+            swap_blocks=draw(st.sampled_from((0, SWAP_BLOCKS))),
             watermark=0.0,
         ),
         splits=draw(st.booleans()),
@@ -148,8 +161,13 @@ def schedules(draw: st.DrawFn) -> Schedule:
 class Side:
     def __init__(self, schedule: Schedule, block_size: int) -> None:
         self.worker = recordings(schedule.model, block_size, schedule.num_threads)
+        layout = self.worker.executor.layout
         self.scheduler = Scheduler(
-            BlockPool(schedule.num_blocks, block_size), schedule.engine, frozenset()
+            BlockPool(schedule.num_blocks, block_size),
+            schedule.engine,
+            frozenset(),
+            block_bytes=block_size * layout.bytes_per_token,
+            num_layers=layout.num_layers,
         )
 
     def step(self, checked: dict[str, int]) -> list[NewToken]:
@@ -162,8 +180,9 @@ class Side:
             sequence = new.sequence
             number = int(sequence.seq_id.split("-")[0])
             tokens, logits = alone(self.model, number)
-            place = len(sequence.output_ids) - 1
-            assert torch.equal(rows[sequence.seq_id], logits[place]), (sequence.seq_id, place)
+            place = checked.get(sequence.seq_id, 0)
+            row = rows[sequence.seq_id].pop(0)
+            assert torch.equal(row, logits[place]), (sequence.seq_id, place)
             assert new.token_id == tokens[place]
             checked[sequence.seq_id] = place + 1
         return news
