@@ -17,12 +17,12 @@ TORCH_PIP_ARGS ?=
 ARGS ?=
 TRAIN_OUT ?= .runtime/baton-tiny-new
 
-.PHONY: help venv demo serve test check bench bench-engine proto lock train-tiny wheels clean
+.PHONY: help venv demo serve test check bench bench-engine bench-scheduling proto lock train-tiny wheels clean
 
 help: ## list the targets
 	@echo "Baton: disaggregated prefill/decode serving. On a fresh machine: make demo, then make test."
 	@echo
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 venv: $(STAMP) ## create .venv with the locked versions, and say which torch build it holds
 	@$(BIN)/python tools/torch_build.py
@@ -63,6 +63,9 @@ bench: venv ## measure against colocated serving; results land in benchmarks/res
 
 bench-engine: venv ## the engine alone beside vLLM's CPU build and transformers (installs them apart)
 	@$(BIN)/python -m benchmarks.engine --torch-pip-args "$(TORCH_PIP_ARGS)" $(ARGS)
+
+bench-scheduling: venv ## what one scheduling step costs, up to 1,024 running and 10,000 waiting
+	@$(BIN)/python -m benchmarks.scheduling $(ARGS)
 
 proto: venv ## write the gRPC stubs from baton/api/v1/baton.proto
 	@$(BIN)/python tools/generate_proto.py

@@ -26,7 +26,8 @@ class BlockPool:
         """Free, and nothing in them is worth keeping."""
         self._kept: OrderedDict[int, None] = OrderedDict()
         """Free, with a key; the one unused for longest first."""
-        self._holders: dict[int, set[str]] = {}
+        self._holders: dict[int, str | set[str]] = {}
+        """Most blocks have one holder; a set for each of them would keep the collector busy."""
         self._num_held: dict[str, int] = {}
         self._key_of: dict[int, BlockKey] = {}
         self._block_of: dict[BlockKey, int] = {}
@@ -45,10 +46,12 @@ class BlockPool:
         return frozenset(self._num_held)
 
     def holders(self, block: int) -> frozenset[str]:
-        return frozenset(self._holders.get(block, ()))
+        held = self._holders.get(block, set())
+        return frozenset([held] if isinstance(held, str) else held)
 
     def num_holders(self, block: int) -> int:
-        return len(self._holders.get(block, ()))
+        held = self._holders.get(block, set())
+        return 1 if isinstance(held, str) else len(held)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -66,7 +69,7 @@ class BlockPool:
             del self._block_of[self._key_of.pop(block)]
             taken.append(block)
         for block in taken:
-            self._holders[block] = {owner}
+            self._holders[block] = owner
         self._num_held[owner] = self._num_held.get(owner, 0) + count
         return taken
 
@@ -74,13 +77,9 @@ class BlockPool:
         """Hold blocks that have a key beside whoever holds them, or out of the free ones."""
         for block in blocks:
             assert block in self._key_of, f"{owner} shares block {block}, which has no key"
-            holders = self._holders.get(block)
-            if holders is None:
+            if block in self._kept:
                 del self._kept[block]
-                self._holders[block] = {owner}
-            else:
-                assert owner not in holders, f"{owner} holds block {block} already"
-                holders.add(owner)
+            self._add(block, owner)
         if blocks:
             self._num_held[owner] = self._num_held.get(owner, 0) + len(blocks)
 
@@ -89,11 +88,8 @@ class BlockPool:
         of no use without the earlier, and goes first."""
         self._check_owner(owner, blocks)
         for block in reversed(blocks):
-            holders = self._holders[block]
-            holders.remove(owner)
-            if holders:
+            if self._take_away(block, owner):
                 continue
-            del self._holders[block]
             if block in self._key_of:
                 self._kept[block] = None
             else:
@@ -104,10 +100,8 @@ class BlockPool:
         """The blocks keep their contents and other holders; ``heir`` takes ``owner``'s place."""
         self._check_owner(owner, blocks)
         for block in blocks:
-            holders = self._holders[block]
-            holders.remove(owner)
-            assert heir not in holders, f"{heir} holds block {block} already"
-            holders.add(heir)
+            self._take_away(block, owner)
+            self._add(block, heir)
         self._lose(owner, len(blocks))
         if blocks:
             self._num_held[heir] = self._num_held.get(heir, 0) + len(blocks)
@@ -152,10 +146,10 @@ class BlockPool:
         if any(block in self._holders for block in free):
             problems.append("a free block has an owner")
         counts: dict[str, int] = {}
-        for holders in self._holders.values():
-            if not holders:
+        for block, held in self._holders.items():
+            if not held:
                 problems.append("a held block has no holder")
-            for owner in holders:
+            for owner in self.holders(block):
                 counts[owner] = counts.get(owner, 0) + 1
         if counts != self._num_held:
             problems.append("owners' counts do not add up")
@@ -168,9 +162,32 @@ class BlockPool:
         return problems
 
     def _check_owner(self, owner: str, blocks: Sequence[int]) -> None:
-        wrong = [b for b in blocks if owner not in self._holders.get(b, ())]
+        wrong = [b for b in blocks if not self._holds(owner, b)]
         assert not wrong, f"{owner} does not own blocks {wrong[:8]}"
         assert len(set(blocks)) == len(blocks), f"{owner} names a block twice"
+
+    def _holds(self, owner: str, block: int) -> bool:
+        held = self._holders.get(block)
+        return held == owner if held is None or isinstance(held, str) else owner in held
+
+    def _add(self, block: int, owner: str) -> None:
+        held = self._holders.get(block)
+        assert not self._holds(owner, block), f"{owner} holds block {block} already"
+        if held is None:
+            self._holders[block] = owner
+        elif isinstance(held, str):
+            self._holders[block] = {held, owner}
+        else:
+            held.add(owner)
+
+    def _take_away(self, block: int, owner: str) -> bool:
+        """Whether others hold it still."""
+        held = self._holders[block]
+        if isinstance(held, set) and len(held) > 1:
+            held.remove(owner)
+            return True
+        del self._holders[block]
+        return False
 
     def _lose(self, owner: str, count: int) -> None:
         if count == 0:

@@ -358,9 +358,11 @@ class Scheduler:
             found = self._sequences[part.seq_id].prompt_logprobs
             assert found is not None
             found[part.start - 1 :] = part.logprobs
-        drawn: dict[str, list[SampledToken]] = {}
-        for token in result.sampled:
-            drawn.setdefault(token.seq_id, []).append(token)
+        drawn = {token.seq_id: token for token in reversed(result.sampled)}
+        behind_drafts: dict[str, list[SampledToken]] = {}
+        if len(drawn) < len(result.sampled):
+            for token in result.sampled:
+                behind_drafts.setdefault(token.seq_id, []).append(token)
         ends = self._layered is None or self._layered.is_last
         size = self.pool.block_size
         news: list[NewToken] = []
@@ -377,11 +379,12 @@ class Scheduler:
             if num_known // size > sequence.num_named:
                 self._name_blocks(sequence)
             if chunk.samples:
-                tokens = drawn[chunk.seq_id]
+                first = drawn[chunk.seq_id]
                 if chunk.num_drafts:
+                    tokens = behind_drafts.get(chunk.seq_id, [first])
                     news += self._drawn(sequence, chunk, tokens)
                 else:
-                    news.append(self._append(sequence, tokens[0]))
+                    news.append(self._append(sequence, first))
         if self._layered is not None:
             self._layered.step_done()
         return news
