@@ -162,8 +162,9 @@ def _notes(result: Result) -> list[str]:
         ),
     ]
     found += [
-        f"gate green: {g.engine} wrote the greedy tokens of transformers after {g.num_prompts} "
-        f"prompts ({g.num_tokens} tokens, {g.num_near_ties} near ties)"
+        f"gate green: {g.engine} wrote the greedy tokens of transformers in float32 after "
+        f"{g.num_prompts} prompts ({g.num_tokens} tokens; {g.num_near_ties} others, within "
+        f"{g.most_off:.2g} of the best logit, {g.tolerance:g} allowed)"
         for g in result.gate
     ]
     found += [f"left out: {left.name}: {left.reason}" for left in result.left_out]

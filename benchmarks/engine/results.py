@@ -135,9 +135,13 @@ def memory_verdicts(memory: Sequence[Memory]) -> list[MemoryVerdict]:
 
 
 def missed(
-    made: Sequence[Ratio], verdicts: Sequence[MemoryVerdict], cases: Sequence[str]
+    made: Sequence[Ratio],
+    verdicts: Sequence[MemoryVerdict],
+    peers: Sequence[str],
+    cases: Sequence[str],
 ) -> list[str]:
-    """Sentences about bars that were missed or could not be judged; empty when all were met."""
+    """Sentences about bars that were missed or, of ``peers``, could not be judged; empty when all
+    were met."""
     found = [
         f"{r.case}: {r.of_medians:.2f} x {r.peer}, {r.bar:g} wanted"
         for r in made
@@ -147,7 +151,7 @@ def missed(
     found += [
         f"{case}: {peer} was not measured"
         for peer, case in BARS
-        if case in cases and (peer, case) not in judged
+        if peer in peers and case in cases and (peer, case) not in judged
     ]
     found += [
         f"memory of {v.variant}: {v.ratio:.2f} x weights and pool, {v.bar:g} allowed"

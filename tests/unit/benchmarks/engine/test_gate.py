@@ -10,12 +10,13 @@ import pytest
 
 from benchmarks.engine import gate as module
 from benchmarks.engine.answer import Engine, Setup, measured
-from benchmarks.engine.gate import NEAR_TIE, GateRed, check
+from benchmarks.engine.gate import TOLERANCES, GateRed, check
 from benchmarks.engine.run_baton import Baton
 from benchmarks.engine.run_transformers import Transformers
 from tests.support.tiny_checkpoint import TINY_LLAMA, tiny_weights, write_checkpoint
 
 OUTPUT_TOKENS = 6
+NEAR_TIE = TOLERANCES["float32"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,17 +55,20 @@ TOKENS = [[5] * OUTPUT_TOKENS, [6] * OUTPUT_TOKENS]
 
 async def test_near_ties_are_counted_and_anything_more_is_red() -> None:
     ours = Scripted("ours", tokens=TOKENS)
-    found = await check(ours, Scripted("theirs", gaps=red(NEAR_TIE / 2)), 1)
+    found = await check(ours, Scripted("theirs", gaps=red(NEAR_TIE / 2)), 1, NEAR_TIE)
     assert (found.num_prompts, found.num_tokens, found.num_near_ties) == (2, 12, 1)
+    assert found.most_off == NEAR_TIE / 2
     with pytest.raises(GateRed, match=r"ours: token 2 after prompt 1 \(40 tokens\) is 6; theirs"):
-        await check(ours, Scripted("theirs", gaps=red(2 * NEAR_TIE)), 1)
+        await check(ours, Scripted("theirs", gaps=red(2 * NEAR_TIE)), 1, NEAR_TIE)
     with pytest.raises(GateRed):
-        await check(ours, Scripted("theirs", gaps=red(float("nan"))), 1)
+        await check(ours, Scripted("theirs", gaps=red(float("nan"))), 1, NEAR_TIE)
 
 
 async def test_too_few_tokens_are_red() -> None:
     with pytest.raises(GateRed, match=r"wrote \[6, 5\] tokens; 6 each"):
-        await check(Scripted("ours", tokens=[TOKENS[0], TOKENS[1][1:]]), Scripted("theirs"), 1)
+        await check(
+            Scripted("ours", tokens=[TOKENS[0], TOKENS[1][1:]]), Scripted("theirs"), 1, NEAR_TIE
+        )
 
 
 def opened(folder: Path, mode: str) -> Setup:
@@ -85,7 +89,7 @@ async def test_our_engine_passes_beside_transformers_and_answers_every_question(
 ) -> None:
     folder = write_checkpoint(tmp_path / "tiny")
     baton, other = Baton(opened(folder, "plain")), Transformers(opened(folder, "dynamic"))
-    found = await check(InProcess("baton", baton), InProcess("transformers", other), 1)
+    found = await check(InProcess("baton", baton), InProcess("transformers", other), 1, NEAR_TIE)
     assert found.num_tokens == 2 * OUTPUT_TOKENS
     assert other.greedy([3, 4, 5], 8) == baton.greedy([3, 4, 5], 8)
     for engine in (baton, other):
@@ -106,4 +110,4 @@ async def test_weights_of_another_model_are_red(tmp_path: Path) -> None:
     theirs = write_checkpoint(tmp_path / "theirs", TINY_LLAMA, weights)
     baton, other = Baton(opened(ours, "plain")), Transformers(opened(theirs, "dynamic"))
     with pytest.raises(GateRed, match="whose logit is"):
-        await check(InProcess("baton", baton), InProcess("transformers", other), 1)
+        await check(InProcess("baton", baton), InProcess("transformers", other), 1, 0.5)

@@ -87,12 +87,13 @@ def test_a_ratio_below_its_bar_is_missed_and_so_is_one_that_was_not_measured() -
     made = ratios(speeds(slower, ENGINES), ["vllm"], [CASE])
     assert made[0].passed is False
     verdicts = memory_verdicts([memory("baton", 1_301)])
-    assert missed(made, verdicts, [CASE, "decode x8"]) == [
+    assert missed(made, verdicts, ["vllm"], [CASE, "decode x8"]) == [
         "decode x1: 1.49 x vllm, 1.5 wanted",
         "decode x8: vllm was not measured",
         "memory of baton float32 plain: 1.30 x weights and pool, 1.3 allowed",
     ]
-    assert missed(ratios(speeds(MEASURED, ENGINES), ["vllm"], [CASE]), [], [CASE]) == []
+    assert missed(ratios(speeds(MEASURED, ENGINES), ["vllm"], [CASE]), [], ["vllm"], [CASE]) == []
+    assert missed([], [], ["transformers"], [CASE]) == []
 
 
 def test_only_our_filled_pool_is_held_to_the_bar() -> None:
@@ -136,7 +137,7 @@ def result() -> Result:
         cases=tuple(case for case in CASES if case.name in (CASE, "decode x8")),
         engines=tuple(EngineFacts(e, v, {"torch": "2.13.0"}, 1.0) for v, e in ENGINES.items()),
         left_out=(LeftOut("transformers", "the index is down"),),
-        gate=(GateResult("baton float32 plain", 4, 192, 0),),
+        gate=(GateResult("baton float32 plain", 4, 192, 2, 0.001, 0.0005),),
         speeds=tuple(found),
         ratios=tuple(ratios(found, ["vllm"], [CASE])),
         memory=tuple(kept),
@@ -164,7 +165,7 @@ def test_the_page_names_noise_gate_and_who_is_missing(result: Result) -> None:
     page = report.markdown(result)
     assert "left out: transformers: the index is down" in page
     assert "in 3 of 12 windows others used more than 5% of the machine (at most 7%)" in page
-    assert "192 tokens, 0 near ties" in page
+    assert "192 tokens; 2 others, within 0.0005 of the best logit, 0.001 allowed" in page
     assert "| 150 (160)*, bf16 plain |" in page
     terminal = io.StringIO()
     report.show(result, Console(file=terminal, width=80))

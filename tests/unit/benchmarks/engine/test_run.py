@@ -12,7 +12,8 @@ from benchmarks.engine import run as module
 from benchmarks.engine.cases import CASES
 from benchmarks.engine.environments import PeerEnvironment, Unavailable, preload_paths, python_of
 from benchmarks.engine.gate import GateRed
-from benchmarks.engine.run import Options, run
+from benchmarks.engine.run import run
+from benchmarks.engine.stage import Options
 from benchmarks.engine.variants import EnginePlan
 from tests.unit.benchmarks.engine.test_engine_process import MODULE
 
@@ -50,7 +51,7 @@ def play(monkeypatch: pytest.MonkeyPatch, folder: Path, **modes: str) -> None:
             environment = PeerEnvironment(name=name, package="psutil", version=version("psutil"))
             wrapper(folder / name / "bin" / "python", f'exec {sys.executable} "$@"')
         plans[name] = EnginePlan(name, MODULE, environment, ("float32",), (mode,), {})
-    monkeypatch.setattr(module, "PLANS", plans)
+    monkeypatch.setattr("benchmarks.engine.stage.PLANS", plans)
 
 
 def wrapper(path: Path, line: str) -> Path:
@@ -68,7 +69,7 @@ async def test_a_run_has_a_gate_all_cases_and_all_engines(
     result = await run(options, told.append)
     names = [f"{name} float32 right" for name in ("baton", "vllm", "transformers")]
     assert [e.variant for e in result.engines] == names
-    assert result.gate[0].engine == names[0]
+    assert [gate.engine for gate in result.gate] == names
     assert {(s.variant, s.case) for s in result.speeds} == {
         (n, c.name) for n in names for c in CASES
     }
@@ -78,7 +79,7 @@ async def test_a_run_has_a_gate_all_cases_and_all_engines(
     assert of_decode[0].of_medians == pytest.approx(1.0)  # both are scripted to be equally fast
     assert [m.pool_filled for m in result.memory] == [True] * 3
     assert result.left_out == ()
-    assert any("3 engine processes are ready" in line for line in told)
+    assert any("gate green; 3 engine processes are ready" in line for line in told)
     logs = {path.name for path in (options.scratch / "logs").iterdir()}
     assert {f"{name.replace(' ', '-')}.log" for name in names} <= logs
 
@@ -87,6 +88,16 @@ async def test_no_numbers_on_a_red_gate(options: Options, monkeypatch: pytest.Mo
     play(monkeypatch, options.peer_folder, baton="wrong", transformers="right")
     with pytest.raises(GateRed, match="baton float32 wrong: token 1 after prompt 0"):
         await run(options, lambda _: None)
+
+
+async def test_a_peer_that_writes_other_tokens_is_left_out_too(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(monkeypatch, options.peer_folder, baton="right", vllm="wrong", transformers="right")
+    result = await run(options, lambda _: None)
+    assert [e.engine for e in result.engines] == ["baton", "transformers"]
+    assert [left.name for left in result.left_out] == ["vllm float32 wrong"]
+    assert "whose logit is 2.5000 higher" in result.left_out[0].reason
 
 
 async def test_peers_that_cannot_be_had_are_named_and_left_out(
