@@ -27,6 +27,8 @@ MIN_TEMPERATURE = 1e-30
 """Below this the best token has all the weight, and float32 would divide by zero."""
 MAX_ELEMENTS = 4 * 2**20
 """Of one pass: more rows would only need more memory."""
+MAX_RANKED = 1_024
+"""A top-k up to here is found by selection, a larger one by bins."""
 BLOCK = 128
 """A draw sums blocks of so many tokens, and looks into one of them."""
 
@@ -46,8 +48,8 @@ def draw_tokens(
     all_greedy = len(drawn) < len(params)
     token_ids = logits.argmax(dim=-1) if all_greedy else uniform.new_empty(len(params)).long()
     for rows in _slabs(params, drawn, logits.shape[1]):
-        weights = _weights(logits, [params[i] for i in rows], rows)
-        token_ids[rows] = invert(weights, uniform[rows])
+        scaled = _scaled(logits, [params[i] for i in rows], rows)
+        token_ids[rows] = _pick(scaled, [params[i] for i in rows], uniform[rows])
     return token_ids
 
 
@@ -61,10 +63,12 @@ def best_ids(values: Tensor, count: int) -> Tensor:
     if count == vocab_size:
         return torch.arange(vocab_size, device=values.device).expand(num_rows, -1)
     edge = values.topk(count, dim=1).values[:, -1:]
-    above = values > edge
-    tied = values == edge
-    room = count - above.sum(dim=1, keepdim=True)
-    kept = above | (tied & (tied.cumsum(dim=1) <= room))
+    kept = values >= edge
+    if int(kept.sum()) > num_rows * count:
+        above = values > edge
+        tied = kept & ~above
+        room = count - above.sum(dim=1, keepdim=True)
+        kept = above | (tied & (tied.cumsum(dim=1) <= room))
     return kept.nonzero()[:, 1].view(num_rows, count)
 
 
@@ -97,9 +101,10 @@ def _slabs(
     params: Sequence[SamplingParams], drawn: Sequence[int], vocab_size: int
 ) -> Iterator[list[int]]:
     """Rows that need the same filters, so many at a time."""
-    alike: dict[tuple[bool, bool], list[int]] = {}
+    alike: dict[tuple[bool, bool, bool], list[int]] = {}
     for i in drawn:
-        kind = (0 < params[i].top_k < vocab_size, params[i].top_p < 1)
+        top_k = params[i].top_k
+        kind = (0 < top_k < vocab_size, top_k > MAX_RANKED, params[i].top_p < 1)
         alike.setdefault(kind, []).append(i)
     size = max(1, MAX_ELEMENTS // vocab_size)
     for rows in alike.values():
@@ -107,17 +112,27 @@ def _slabs(
             yield rows[first : first + size]
 
 
-def _weights(logits: Tensor, params: Sequence[SamplingParams], rows: Sequence[int]) -> Tensor:
+def _pick(scaled: Tensor, params: Sequence[SamplingParams], uniform: Tensor) -> Tensor:
+    """Ids ``[R]``. A small top-k is taken out first, so that the rest looks at few tokens."""
+    most = max(p.top_k for p in params)
+    if not 0 < most <= min(MAX_RANKED, scaled.shape[1] - 1):
+        return invert(_weights(scaled, params), uniform)
+    ids = best_ids(scaled, most)
+    chosen = invert(_weights(scaled.gather(1, ids), params), uniform)
+    return ids.gather(1, chosen[:, None])[:, 0]
+
+
+def _weights(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """float32 ``[R, V]``, 1 for the best token, 0 for what the filters drop."""
-    scaled = _scaled(logits, params, rows)
     weights = scaled.exp()
-    has_top_k = 0 < params[0].top_k < logits.shape[1]
+    has_top_k = any(0 < p.top_k < scaled.shape[1] for p in params)
     has_top_p = params[0].top_p < 1
     if has_top_k or has_top_p:
         bins = bins_of(scaled)
         if has_top_k:
-            top_k = torch.tensor([p.top_k for p in params], device=logits.device)[:, None]
-            keep_top_k(weights, scaled, bins, top_k)
+            most = scaled.shape[1]
+            top_k = torch.tensor([min(p.top_k, most) for p in params], device=scaled.device)
+            keep_top_k(weights, scaled, bins, top_k[:, None])
         if has_top_p:
             top_p = [p.top_p for p in params]
             like = weights.new_tensor(top_p, dtype=torch.float64)

@@ -127,7 +127,9 @@ def test_filters_keep_what_sorting_keeps(top_k: int, top_p: float) -> None:
     logits[8, 20:] = float("-inf")
     params = [SamplingParams(temperature=0.9, top_k=top_k, top_p=top_p)] * 9
     for rows in (range(9), [4], [8, 0]):
-        found = draw._weights(logits[list(rows)], params[: len(rows)], range(len(rows)))
+        ours = params[: len(rows)]
+        scaled = draw._scaled(logits[list(rows)], ours, range(len(rows)))
+        found = draw._weights(scaled, ours)
         for n, row in enumerate(rows):
             expected = kept_by_sorting(logits[row], params[row])
             assert torch.equal(found[n] > 0, expected > 0)
