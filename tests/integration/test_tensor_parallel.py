@@ -13,7 +13,7 @@ import torch
 from baton.engine.executor import Executor
 from baton.engine.parallel import ranks
 from baton.engine.parallel.messages import Join, LoadSettings
-from baton.engine.plan import SequenceChunk, StepPlan
+from baton.engine.plan import BlockSwap, SequenceChunk, StepPlan
 from baton.protocol.config import ClusterConfig, EngineConfig, ModelConfig, PoolConfig, RouterConfig
 from baton.protocol.errors import ConfigError
 from tests.support.clusters import assert_no_residue, running_cluster, settled
@@ -45,7 +45,12 @@ def load() -> Iterator[Load]:
     loaded: list[Executor] = []
 
     def load(
-        folder: Path, size: int, dtype: str = "float32", *, deterministic: bool = False
+        folder: Path,
+        size: int,
+        dtype: str = "float32",
+        *,
+        deterministic: bool = False,
+        swap_blocks: int = 0,
     ) -> Executor:
         executor = Executor.load(
             folder,
@@ -55,6 +60,7 @@ def load() -> Iterator[Load]:
             block_size=BLOCK_SIZE,
             num_threads=1,
             deterministic=deterministic,
+            swap_blocks=swap_blocks,
             tensor_parallel=size,
         )
         loaded.append(executor)
@@ -156,6 +162,36 @@ def test_deterministic_bits_do_not_depend_on_the_batch(
     expected = logits_of_last(0, 0, 0)
     for cut, first_block, num_others in ((76, 10, 0), (76, 20, 33), (40, 30, 7), (1, 40, 1)):
         assert torch.equal(logits_of_last(cut, first_block, num_others), expected)
+
+
+def test_ranks_swap_blocks_and_keep_rows_between_layer_groups(tmp_path: Path, load: Load) -> None:
+    """Every rank does to its own KV heads what the plan says to the blocks."""
+    save_random_model(MAIN_CONFIGS["llama-mha"](), tmp_path)
+    executor = load(tmp_path, 2, deterministic=True, swap_blocks=4)
+    prompt = tuple(range(5, 30))
+    whole = SequenceChunk("a", prompt, 0, (0, 1), True, GREEDY)
+    expected = executor.forward_logits(StepPlan(1, (whole,)))
+
+    grouped = [
+        SequenceChunk(
+            "a", prompt, 0, (6, 7), samples, GREEDY, layer_start=layer, num_layers=num_layers
+        )
+        for layer, num_layers, samples in ((0, 1, False), (1, 2, True))
+    ]
+    for step, chunk in enumerate(grouped, 2):
+        logits = executor.forward_logits(StepPlan(step, (chunk,)))
+    assert torch.equal(logits, expected)
+
+    follow = SequenceChunk("a", (9,), len(prompt), (0, 1), True, GREEDY)
+    expected = executor.forward_logits(StepPlan(4, (follow,)))
+    out = (BlockSwap(0, 2), BlockSwap(1, 0))
+    other = SequenceChunk("b", tuple(range(40, 70)), 0, (0, 1), True, GREEDY)
+    executor.forward_logits(StepPlan(5, (other,), swap_out=out))
+    assert not torch.equal(executor.forward_logits(StepPlan(6, (follow,))), expected)
+    back = (BlockSwap(10, 2), BlockSwap(11, 0))
+    follow = SequenceChunk("a", (9,), len(prompt), (10, 11), True, GREEDY)
+    logits = executor.forward_logits(StepPlan(7, (follow,), swap_in=back))
+    assert torch.equal(logits, expected)
 
 
 def test_sizes_that_do_not_divide_the_model_are_refused(tmp_path: Path, load: Load) -> None:
