@@ -63,7 +63,7 @@ def test_decode_attention(
     )
 
 
-@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("window", [None, 300])
 def test_decode_attention_over_several_splits_with_a_padding_row(window: int | None) -> None:
     kv = paged([1029, 0, 512], kv_heads=1, dim=64, dtype=FLOAT32, device="cpu", block_size=16)
     q = randn(3, 6, 64, dtype=FLOAT32, device="cpu")[:, 1:3]
@@ -220,6 +220,17 @@ def test_grouped_matmul(dtype: torch.dtype, counts: list[int]) -> None:
 def test_sampling_draws_the_same_tokens() -> None:
     expected, found = both("sample_top_k_top_p", *sampling_inputs(8, 613, "cpu"))
     assert torch.equal(expected, found)
+
+
+def test_the_last_tie_that_top_p_needs_stays() -> None:
+    logits = torch.zeros(2, 10)
+    logits[1, 0] = 1.0
+    ones = torch.ones(2)
+    last_kept = TRITON.sample_top_k_top_p(
+        logits, ones, torch.zeros(2, dtype=torch.int32), 0.45 * ones, 0 * ones, 0.999 * ones
+    )
+    # 4.5 of ten equal weights take five; 45 % of e + 9 ones takes e and three of the ones.
+    assert last_kept.tolist() == [4, 3]
 
 
 def test_sampling_walks_a_vocabulary_of_several_steps() -> None:
