@@ -18,7 +18,6 @@ from pathlib import Path
 import msgspec
 import torch
 
-import baton
 from baton.engine.parallel.channel import Channel, pair
 from baton.engine.parallel.group import RankGroup, host_store, join
 from baton.engine.parallel.messages import (
@@ -247,5 +246,5 @@ def _process(*fds: int) -> subprocess.Popen[bytes]:
 
 def _import_path() -> str:
     """This very package first, however this process came to find it."""
-    own = str(Path(baton.__file__).resolve().parents[1])
+    own = str(Path(__file__).resolve().parents[3])
     return os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH"))))
