@@ -27,9 +27,9 @@ def limits() -> llguidance.LLParserLimits:
         initial_lexer_fuel=300_000,
         step_lexer_fuel=100_000,
         step_max_items=20_000,
-        max_items_in_row=1_000,
+        max_items_in_row=2_000,
         max_lexer_states=50_000,
-        max_grammar_size=50_000,
+        max_grammar_size=20_000,
         verbose_errors=False,
     )
 
