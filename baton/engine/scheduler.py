@@ -15,7 +15,7 @@ layers: each is a file of its own beside this one, which puts the steps together
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 
 from baton.engine.admission import Admission
@@ -25,12 +25,10 @@ from baton.engine.layered import LayeredPrefill
 from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
 from baton.engine.preemption import EngineRates
 from baton.engine.prefix_cache import PrefixCache
-from baton.engine.running_set import RunningSet
+from baton.engine.residents import Residents
 from baton.engine.sequence import FinishReason, NewToken, SchedulerCounts, Sequence, finish
 from baton.engine.speculation import Speculator
 from baton.engine.steady import decode_batch, steps_alike
-from baton.engine.wait_queue import WaitQueue
-from baton.protocol.block_hash import BlockKey
 from baton.protocol.config import EngineConfig
 
 __all__ = ["FinishReason", "NewToken", "Scheduler", "SchedulerCounts", "Sequence"]
@@ -56,11 +54,10 @@ class Scheduler:
         self.pool = pool
         self._config = config
         self._eos_token_ids = eos_token_ids
-        self._sequences: dict[str, Sequence] = {}
-        self._waiting = WaitQueue()
-        self._running = RunningSet()
         self._cache = PrefixCache(pool) if config.prefix_cache else None
         self._swap = HostSwap(pool, config.swap_blocks, block_bytes) if config.swap_blocks else None
+        self._here = Residents(pool, self._cache, self._swap, self._stopped)
+        self._waiting, self._running = self._here.waiting, self._here.running
         self._speculator: Speculator | None = None
         if config.speculation == "prompt_lookup":
             self._speculator = Speculator(pool.block_size, eos_token_ids)
@@ -73,9 +70,6 @@ class Scheduler:
         """The sequences of the step in flight, in the order of its chunks."""
         self._batch_ids: frozenset[str] = frozenset()
         self._num_steps = 0
-        self._num_arrived = 0
-        self._num_preemptions = 0
-        self._gone: list[str] = []
 
     @property
     def num_running(self) -> int:
@@ -93,7 +87,7 @@ class Scheduler:
     def counts(self) -> SchedulerCounts:
         cache, swap = self._cache, self._swap
         return SchedulerCounts(
-            num_preemptions=self._num_preemptions,
+            num_preemptions=self._here.num_preemptions,
             num_blocked=self._admission.num_blocked,
             num_swapped_out=swap.num_swapped_out if swap else 0,
             num_cache_queried_tokens=cache.num_queried_tokens if cache else 0,
@@ -116,7 +110,7 @@ class Scheduler:
             self._swap.rates = rates
 
     def get(self, seq_id: str) -> Sequence | None:
-        return self._sequences.get(seq_id)
+        return self._here.sequences.get(seq_id)
 
     # --- coming and going ---------------------------------------------------------------
 
@@ -125,88 +119,60 @@ class Scheduler:
         assert not sequence.block_table
         if sequence.sampling.num_prompt_logprobs >= 0 and not sequence.output_ids:
             sequence.prompt_logprobs = []
-        self._register(sequence)
+        self._here.register(sequence)
         self._waiting.push(sequence)
 
     def add_computed(self, sequence: Sequence) -> None:
         """Join a sequence whose blocks (owned under its seq_id) hold KV of ``num_computed``."""
         assert sequence.block_table
         assert sequence.num_computed == sequence.num_tokens - 1
-        self._register(sequence)
+        self._here.register(sequence)
         if self._cache is not None:
             self._cache.received(sequence)
         self._running.add(sequence)
 
-    def _register(self, sequence: Sequence) -> None:
-        assert sequence.seq_id not in self._sequences, f"{sequence.seq_id} is here already"
-        sequence.arrived(self._num_arrived)
-        self._num_arrived += 1
-        self._sequences[sequence.seq_id] = sequence
-
     def drop(self, seq_id: str) -> bool:
         """Forget a sequence and free its blocks, at once or when its step completes."""
-        sequence = self._sequences.get(seq_id)
+        sequence = self._here.sequences.get(seq_id)
         if sequence is None or sequence.is_dropped:
             return False
         if seq_id in self._ids_in_flight():
             sequence.is_dropped = True
         else:
-            self._remove(sequence)
-            self._free(sequence)
+            self._here.remove(sequence)
+            self._here.free(sequence)
         return True
 
     def take_blocks(self, sequence: Sequence, heir: str) -> list[int]:
         """End a sequence here but keep its KV: the blocks go to ``heir``."""
-        self._remove(sequence)
+        self._here.remove(sequence)
         blocks, sequence.block_table = list(sequence.block_table), ()
         self.pool.hand_over(sequence.seq_id, heir, blocks)
         return blocks
+
+    def _stopped(self, sequence: Sequence) -> None:
+        """It runs no more, for now or for good."""
+        if self._speculator is not None:
+            self._speculator.forget(sequence.seq_id)
+        if self._layered is not None:
+            self._layered.left(sequence)
 
     def _ids_in_flight(self) -> frozenset[str]:
         if self._in_flight is not None and not self._batch_ids:
             self._batch_ids = frozenset(s.seq_id for s in self._batch)
         return self._batch_ids
 
-    def _remove(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.seq_id]
-        self._gone.append(sequence.seq_id)
-        if self._speculator is not None:
-            self._speculator.forget(sequence.seq_id)
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
-        else:
-            self._stop(sequence)
-
-    def _stop(self, sequence: Sequence) -> None:
-        """It runs no more: whoever waits for what it was to compute may look again."""
-        self._running.remove(sequence)
-        if self._layered is not None:
-            self._layered.left(sequence)
-        if self._cache is not None:
-            self._wake(self._cache.left(sequence))
-
-    def _wake(self, keys: Iterable[BlockKey]) -> None:
-        for key in keys:
-            self._waiting.wake(key)
-
-    def _free(self, sequence: Sequence) -> None:
-        blocks, sequence.block_table = sequence.block_table, ()
-        self.pool.release(sequence.seq_id, blocks)
-        sequence.num_computed = sequence.num_named = 0
-        if self._swap is not None:
-            self._swap.drop(sequence)
-
     # --- a step -------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run now."""
         assert self._in_flight is None, "one step at a time"
-        num_preempted = self._num_preemptions
+        num_preempted = self._here.num_preemptions
         most = self._config.max_num_batched_tokens
         self._batch = []
         chunks, prompts = self._decodes(most)
         # What a preemption freed is for those that run.
-        admits = self._num_preemptions == num_preempted
+        admits = self._here.num_preemptions == num_preempted
         if self._layered is None:
             chosen = self._prompts(prompts, most - len(chunks), admits)
             chunks += [self._chunk(sequence, count) for sequence, count in chosen]
@@ -218,7 +184,7 @@ class Scheduler:
         if not chunks and not swap_out:
             return None
         self._num_steps += 1
-        gone, self._gone = tuple(self._gone), []
+        gone, self._here.gone = tuple(self._here.gone), []
         self._in_flight = StepPlan(self._num_steps, tuple(chunks), gone, swap_out, swap_in)
         return self._in_flight
 
@@ -236,7 +202,7 @@ class Scheduler:
             if len(chunks) == budget or not sequence.block_table:
                 continue
             needed = start // size + 1
-            if len(sequence.block_table) < needed and not self._grow(sequence):
+            if len(sequence.block_table) < needed and not self._here.grow(sequence):
                 continue
             table = sequence.block_table
             batch.append(sequence)
@@ -308,41 +274,12 @@ class Scheduler:
             num_layers=num_layers,
         )
 
-    # --- growth and preemption ----------------------------------------------------------
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """One more block for ``sequence``, at the cost of less urgent ones; False when it was
-        the least urgent itself."""
-        swap = self._swap
-        while not self.pool.num_free and not (swap and swap.num_reusable):
-            victim = self._running.least_urgent
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        if self.pool.num_free:
-            blocks = self.pool.allocate(sequence.seq_id, 1)
-        else:
-            assert swap is not None
-            blocks = swap.reuse(sequence.seq_id, 1)
-        sequence.block_table += tuple(blocks)
-        return True
-
     def _spare_block(self, sequence: Sequence) -> bool:
         """One more block for its drafts, of those that nobody will need soon."""
         if self.pool.num_free <= max(self._admission.watermark_blocks, len(self._running)):
             return False
         sequence.block_table += tuple(self.pool.allocate(sequence.seq_id, 1))
         return True
-
-    def _preempt(self, victim: Sequence) -> None:
-        self._num_preemptions += 1
-        victim.num_preemptions += 1
-        self._stop(victim)
-        if self._swap is not None and self._swap.pays(victim):
-            self._swap.out(victim)
-        else:
-            self._free(victim)
-        self._waiting.push(victim)
 
     # --- results ------------------------------------------------------------------------
 
@@ -355,7 +292,7 @@ class Scheduler:
         if self._swap is not None:
             self._swap.completed(plan, result)
         for part in result.prompt_logprobs:
-            found = self._sequences[part.seq_id].prompt_logprobs
+            found = self._here.sequences[part.seq_id].prompt_logprobs
             assert found is not None
             found[part.start - 1 :] = part.logprobs
         drawn = {token.seq_id: token for token in reversed(result.sampled)}
@@ -368,8 +305,8 @@ class Scheduler:
         news: list[NewToken] = []
         for chunk, sequence in zip(plan.chunks, batch, strict=True):
             if sequence.is_dropped:
-                self._remove(sequence)
-                self._free(sequence)
+                self._here.remove(sequence)
+                self._here.free(sequence)
                 continue
             if chunk.num_layers and not ends:
                 continue
@@ -377,7 +314,7 @@ class Scheduler:
             sequence.num_computed = num_known
             sequence.num_chunks += 1
             if num_known // size > sequence.num_named:
-                self._name_blocks(sequence)
+                self._here.name_blocks(sequence, sequence.num_computed)
             if chunk.samples:
                 first = drawn[chunk.seq_id]
                 if chunk.num_drafts:
@@ -400,7 +337,7 @@ class Scheduler:
             if news[-1].finish_reason:
                 break
             sequence.num_computed += 1
-            self._name_blocks(sequence)
+            self._here.name_blocks(sequence, sequence.num_computed)
             news.append(self._append(sequence, token))
         return news
 
@@ -409,17 +346,13 @@ class Scheduler:
         self._in_flight, self._batch_ids = None, frozenset()
         return batch
 
-    def _name_blocks(self, sequence: Sequence) -> None:
-        if self._cache is not None:
-            self._wake(self._cache.computed(sequence, sequence.num_computed))
-
     def _append(self, sequence: Sequence, drawn: SampledToken) -> NewToken:
         token_id = drawn.token_id
         sequence.output_ids.append(token_id)
         reason, stop_token_id = finish(sequence, token_id, self._eos_token_ids)
         if reason:
-            self._remove(sequence)
-            self._free(sequence)
+            self._here.remove(sequence)
+            self._here.free(sequence)
         prompt_logprobs = tuple(sequence.prompt_logprobs or ())
         sequence.prompt_logprobs = None
         return NewToken(
@@ -444,8 +377,8 @@ class Scheduler:
             self._swap.abandoned()
         for sequence in batch:
             self.pool.forget(sequence.block_table)
-            self._remove(sequence)
-            self._free(sequence)
+            self._here.remove(sequence)
+            self._here.free(sequence)
         return [sequence for sequence in batch if not sequence.is_dropped]
 
     # --- many steps at once -------------------------------------------------------------
@@ -487,22 +420,10 @@ class Scheduler:
             full += [(border - start, place, border) for border in borders]
         # Of two blocks that hold the same, the one that was full first is found.
         for _, place, border in sorted(full):
-            if self._cache is not None:
-                self._wake(self._cache.computed(batch[place], border))
+            self._here.name_blocks(batch[place], border)
         self._num_steps += num_steps
-        self._gone = []
+        self._here.gone = []
         return [new for step in news for new in step]
 
     def check_integrity(self) -> list[str]:
-        problems = self.pool.check_integrity() + self._waiting.check_integrity()
-        problems += self._running.check_integrity()
-        running = {s.seq_id for s in self._running}
-        for seq_id in running - set(self._sequences):
-            problems.append(f"{seq_id} runs but is not registered")
-        for seq_id in set(self._sequences) - running - self._waiting.ids():
-            problems.append(f"{seq_id} neither waits nor runs")
-        if self._cache is not None:
-            problems += self._cache.check_integrity(running, self._waiting.parked_at())
-        if self._swap is not None:
-            problems += self._swap.check_integrity()
-        return problems
+        return self._here.check_integrity()
