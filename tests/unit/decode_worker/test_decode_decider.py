@@ -336,3 +336,23 @@ def test_one_batch_a_step_and_tokens_until_they_are_acknowledged() -> None:
     decode.router(ack(2), 2.2)
     [resent] = decode(Tick(), 3.3)
     assert [i.request_id for i in resent.message.items] == ["s"]
+
+
+def test_what_was_received_is_cached_for_whoever_comes_next() -> None:
+    """Choices of one prompt hold its full blocks once, however often they crossed."""
+    decode = Decode(num_blocks=16, growth_tokens=1)
+    for epoch, name in enumerate(("r", "s"), 1):
+        arrive(decode, body(name, 20, max_tokens=8), epoch)
+    report = decode.decider.report(ShellFacts(0, 0, "", 0))
+    assert report.num_blocks - report.num_free_blocks == 2 + 1 + 1
+    decode.router(Dispatch(body("t", 20, max_tokens=8), None))
+    [run] = decode(StepWanted())
+    chunks = {c.seq_id: c for c in run.plan.chunks}
+    assert (chunks["t/0"].start, len(chunks["t/0"].token_ids)) == (16, 4)
+    assert len({chunk.block_table[:2] for chunk in chunks.values()}) == 1
+    decode(StepDone(run_plan(run.plan)))
+    report = decode.decider.report(ShellFacts(0, 0, "", 0))
+    assert (report.num_cache_queried_tokens, report.num_cache_hit_tokens) == (20, 16)
+    for name in ("r", "s", "t"):
+        decode.router(Abort(name, 0))
+    decode.idle()

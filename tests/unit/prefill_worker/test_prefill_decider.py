@@ -322,3 +322,33 @@ def test_a_token_that_was_not_acknowledged_is_sent_again_after_the_request() -> 
     prefill.tell(ack(1), 2.5)
     assert prefill(Tick(), 9.0) == []
     assert prefill.decider.num_open == 0
+
+
+def test_a_prompt_stays_cached_once_its_transfer_has_ended() -> None:
+    """The second of the same computes its last block alone, and all its KV is sent."""
+    prefill = Prefill(max_num_batched_tokens=32)
+    parked(prefill, body("r", 20))
+    prefill.answer(Granted(T, 3, 10.0))
+    prefill.answer(TransferAck(T, 3))
+    prefill.idle()
+    again = body("again", 20)
+    prefill.tell(dispatch(again))
+    [run, *_] = prefill.step()
+    assert [(c.start, len(c.token_ids)) for c in run.plan.chunks] == [(16, 4)]
+    [push, _] = prefill.answer(Granted("again/0", 4, 10.0))
+    assert isinstance(push, PushKv)
+    assert (push.token_start, push.num_tokens) == (0, 20)
+    report = prefill.decider.report(ShellFacts(0, 0, "", 0))
+    assert (report.num_cache_queried_tokens, report.num_cache_hit_tokens) == (40, 16)
+    prefill.answer(TransferAck("again/0", 4))
+    prefill.idle()
+
+
+def test_tenants_are_kept_apart() -> None:
+    prefill = Prefill(max_num_batched_tokens=32)
+    for name in ("a", "b"):
+        request = msgspec.structs.replace(body(name, 20, max_tokens=1), tenant=name)
+        prefill.tell(dispatch(request))
+        [run, *_] = prefill.step()
+        assert [c.start for c in run.plan.chunks] == [0]
+    prefill.idle()
