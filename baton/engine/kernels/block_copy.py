@@ -64,7 +64,7 @@ def _copy_rows(
     )
 
 
-@jit_sizes("num_rows")
+@jit_sizes("num_rows", tables=("slots_ptr",))
 def _copy_rows_kernel(
     blocks_ptr: tl.tensor,
     rows_ptr: tl.tensor,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,19 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return _triton.jit(kernel) if AVAILABLE else kernel
 
 
-def jit_sizes(*varying: str) -> Callable[[Callable[..., Any]], Any]:
-    """``jit`` for a kernel whose integer arguments ``varying`` change from step to step: it is
-    not compiled anew when one of them happens to be 1 or a multiple of 16."""
+def jit_sizes(*varying: str, tables: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """``jit`` for a kernel whose integer arguments ``varying`` change from step to step, and whose
+    tensors ``tables`` are slices that begin anywhere: it is not compiled anew, in the middle of
+    serving, when one of them happens to be 1 or a multiple of 16."""
 
     def decorate(kernel: Callable[..., Any]) -> Any:
         if not AVAILABLE:
             return kernel
-        return _triton.jit(kernel, do_not_specialize=list(varying))
+        return _triton.jit(
+            kernel,
+            do_not_specialize=list(varying),
+            do_not_specialize_on_alignment=list(tables),
+        )
 
     return decorate
 

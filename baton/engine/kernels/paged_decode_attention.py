@@ -178,7 +178,14 @@ def decode_splits(
     )
 
 
-@jit_sizes("window", "prefix_len", "first_split", "num_splits", "table_stride")
+@jit_sizes(
+    "window",
+    "prefix_len",
+    "first_split",
+    "num_splits",
+    "table_stride",
+    tables=("tables_ptr", "context_ptr"),
+)
 def _decode_split_kernel(
     mixed_ptr: tl.tensor,
     max_ptr: tl.tensor,

@@ -135,7 +135,7 @@ def _tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
     return HALF_TILE if head_dim <= 128 else WIDE_HEAD_TILE
 
 
-@jit_sizes("num_seqs", "window", "table_stride")
+@jit_sizes("num_seqs", "window", "table_stride", tables=("tables_ptr", "starts_ptr", "context_ptr"))
 def _prefill_kernel(
     out_ptr: tl.tensor,
     q_ptr: tl.tensor,

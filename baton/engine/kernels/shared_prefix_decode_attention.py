@@ -150,7 +150,7 @@ def _prefix_splits(
     )
 
 
-@jit_sizes("num_rows", "prefix_len", "num_splits")
+@jit_sizes("num_rows", "prefix_len", "num_splits", tables=("table_ptr",))
 def _prefix_split_kernel(
     mixed_ptr: tl.tensor,
     max_ptr: tl.tensor,

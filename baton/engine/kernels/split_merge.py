@@ -73,7 +73,7 @@ def merge_splits(
     return out
 
 
-@jit_sizes("num_splits", "num_prefix_splits", "prefix_len", "window")
+@jit_sizes("num_splits", "num_prefix_splits", "prefix_len", "window", tables=("context_ptr",))
 def _merge_kernel(
     out_ptr: tl.tensor,
     max_ptr: tl.tensor,

@@ -52,7 +52,7 @@ def store_kv_triton(
     )
 
 
-@jit_sizes("num_rows")
+@jit_sizes("num_rows", tables=("slots_ptr",))
 def _store_kv_kernel(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
