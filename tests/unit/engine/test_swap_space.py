@@ -11,11 +11,11 @@ from baton.engine.swap_space import STAGED_BLOCKS, SwapSpace
 from baton.protocol.layout import KvLayout
 
 
-def cache_of(num_blocks: int, dtype: torch.dtype) -> KvCache:
+def cache_of(num_blocks: int, dtype: torch.dtype, device: str = "cpu") -> KvCache:
     name = str(dtype).removeprefix("torch.")
     layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype=name, model_digest="m")
     cache = KvCache(
-        layout, num_blocks=num_blocks, block_size=8, dtype=dtype, device=torch.device("cpu")
+        layout, num_blocks=num_blocks, block_size=8, dtype=dtype, device=torch.device(device)
     )
     generator = torch.Generator().manual_seed(3)
     noise = torch.randint(0, 256, (cache.blocks.nbytes,), dtype=torch.uint8, generator=generator)
@@ -25,13 +25,14 @@ def cache_of(num_blocks: int, dtype: torch.dtype) -> KvCache:
 
 
 def bits(cache: KvCache, block: int) -> bytes:
-    return cache.blocks[:, :, block].contiguous().view(torch.uint8).numpy().tobytes()
+    return cache.blocks[:, :, block].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bytes_survive_the_way_out_and_back(dtype: torch.dtype) -> None:
+def test_bytes_survive_the_way_out_and_back(dtype: torch.dtype, device: str) -> None:
     num_blocks = 2 * STAGED_BLOCKS + 5
-    cache = cache_of(num_blocks, dtype)
+    cache = cache_of(num_blocks, dtype, device)
     space = SwapSpace(cache, num_blocks)
     moved = range(3, STAGED_BLOCKS + 7)
     before = [bits(cache, block) for block in range(num_blocks)]
