@@ -161,12 +161,10 @@ def _notes(result: Result) -> list[str]:
             for engine, versions in {e.engine: e.versions for e in result.engines}.items()
         ),
     ]
-    found += [
-        f"gate green: {g.engine} wrote the greedy tokens of transformers in float32 after "
-        f"{g.num_prompts} prompts ({g.num_tokens} tokens; {g.num_near_ties} others, within "
-        f"{g.most_off:.2g} of the best logit, {g.tolerance:g} allowed)"
-        for g in result.gate
-    ]
+    found.append(
+        "gate green: the greedy tokens of transformers in float32 were written by "
+        + "; ".join(map(_passage, result.gate))
+    )
     found += [f"left out: {left.name}: {left.reason}" for left in result.left_out]
     noisy = sum(w.is_noisy for w in result.windows if w.repeat >= 0)
     if noisy:
@@ -177,6 +175,15 @@ def _notes(result: Result) -> list[str]:
             f"the machine (at most {most:.0%}), marked *; repeat the run when it is idle"
         )
     return found
+
+
+def _passage(gate: GateResult) -> str:
+    if not gate.num_near_ties:
+        return f"{gate.engine} (all {gate.num_tokens})"
+    return (
+        f"{gate.engine} (all but {gate.num_near_ties} of {gate.num_tokens}, at most "
+        f"{gate.most_off:.2g} below the best logit, {gate.tolerance:g} allowed)"
+    )
 
 
 def _speed(speed: Speed | None) -> str:

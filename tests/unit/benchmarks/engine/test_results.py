@@ -165,7 +165,7 @@ def test_the_page_names_noise_gate_and_who_is_missing(result: Result) -> None:
     page = report.markdown(result)
     assert "left out: transformers: the index is down" in page
     assert "in 3 of 12 windows others used more than 5% of the machine (at most 7%)" in page
-    assert "192 tokens; 2 others, within 0.0005 of the best logit, 0.001 allowed" in page
+    assert "plain (all but 2 of 192, at most 0.0005 below the best logit, 0.001 allowed)" in page
     assert "| 150 (160)*, bf16 plain |" in page
     terminal = io.StringIO()
     report.show(result, Console(file=terminal, width=80))
