@@ -11,14 +11,16 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 from baton.engine.structured.store import GrammarStore
 from baton.protocol.constraint import Constraint
-from baton.protocol.errors import BatonError, InvalidRequest, Overloaded, from_code
+from baton.protocol.errors import BatonError, InvalidRequest, Overloaded, Unavailable, from_code
 from baton.worker.events import GrammarFailed, GrammarReady
 
 log = logging.getLogger(__name__)
@@ -125,14 +127,15 @@ class _Trial:
         except TimeoutError as exc:
             await self.end()
             raise _too_long(constraint, f"{TRIAL_S:g} s") from exc
-        if not line:
+        if not line.endswith(b"\n"):
             code = await process.wait()
             self._process = None
             log.warning("the trial of a %s ended with code %d", constraint.kind, code)
             if code == -signal.SIGPROF:
                 raise _too_long(constraint, f"{TRIAL_CPU_S:g} s of CPU time")
             raise InvalidRequest(
-                f"{constraint.kind} needs too much memory to be compiled; allowed: simpler ones",
+                f"{constraint.kind} ends the compiler, or needs too much memory; allowed: "
+                "simpler ones",
                 param=constraint.kind,
             )
         found = json.loads(line)
@@ -141,14 +144,18 @@ class _Trial:
 
     async def _start(self) -> asyncio.subprocess.Process:
         vocabulary = self._vocabulary
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "baton.engine.structured.trial", str(TRIAL_CPU_S)),
-            *(str(vocabulary.tokenizer_path), str(vocabulary.size)),
-            *map(str, vocabulary.eos_token_ids),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=STREAM_LIMIT_BYTES,
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "baton.engine.structured.trial", str(TRIAL_CPU_S)),
+                *(str(vocabulary.tokenizer_path), str(vocabulary.size)),
+                *map(str, vocabulary.eos_token_ids),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=STREAM_LIMIT_BYTES,
+                env=os.environ | {"PYTHONPATH": _import_path()},
+            )
+        except OSError as exc:
+            raise Unavailable(f"no process can be started to compile grammars: {exc}") from exc
         return self._process
 
     async def end(self) -> None:
@@ -158,6 +165,12 @@ class _Trial:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.communicate()
+
+
+def _import_path() -> str:
+    """This very package first, however this process came to find it."""
+    own = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH"))))
 
 
 def _too_long(constraint: Constraint, most: str) -> InvalidRequest:

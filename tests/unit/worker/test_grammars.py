@@ -101,6 +101,25 @@ async def test_an_endless_one_fails_alone(
         assert await answers.next() == GrammarReady(LETTERS)
 
 
+async def test_a_compiler_that_dies_fails_its_grammar_and_the_next_one_starts_another(
+    store: GrammarStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(store) as (compiler, answers):
+        monkeypatch.setattr(grammars.sys, "executable", "/bin/false")
+        compiler.request(DIGITS)
+        failed = await answers.next()
+        assert isinstance(failed, GrammarFailed)
+        assert "ends the compiler" in failed.message
+        monkeypatch.setattr(grammars.sys, "executable", "/nowhere")
+        compiler.request(LETTERS)
+        failed = await answers.next()
+        assert isinstance(failed, GrammarFailed)
+        assert (failed.code, failed.retryable) == ("unavailable", True)
+        monkeypatch.undo()
+        compiler.request(LETTERS)
+        assert await answers.next() == GrammarReady(LETTERS)
+
+
 async def test_cancelling_ends_a_trial_in_progress(store: GrammarStore) -> None:
     async with running(store) as (compiler, _):
         compiler.request(ENDLESS)
