@@ -129,11 +129,13 @@ class RankGroup:
 
 
 LOOPBACK_HOST, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+MEET_DEADLINE_S = 60.0
+"""All processes are up before the first one calls the others."""
 _DISTRIBUTED: Any = torch.distributed
 """Its stubs leave out the stores and the options of process groups."""
 
 
-def host_store(num_ranks: int, deadline_s: float) -> tuple[Store, int]:
+def host_store(num_ranks: int) -> tuple[Store, int]:
     """Where the ranks find each other, and its port: on loopback only, unlike torch's own."""
     listener = socket.create_server((LOOPBACK_HOST, 0))
     port = int(listener.getsockname()[1])
@@ -142,16 +144,16 @@ def host_store(num_ranks: int, deadline_s: float) -> tuple[Store, int]:
         port,
         num_ranks,
         is_master=True,
-        timeout=timedelta(seconds=deadline_s),
+        timeout=timedelta(seconds=MEET_DEADLINE_S),
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
     return store, port
 
 
-def find_store(port: int, num_ranks: int, deadline_s: float) -> Store:
+def find_store(port: int, num_ranks: int) -> Store:
     """Raises RankLost when rank 0's store is not there."""
-    timeout = timedelta(seconds=deadline_s)
+    timeout = timedelta(seconds=MEET_DEADLINE_S)
     try:
         store: Store = _DISTRIBUTED.TCPStore(
             LOOPBACK_HOST, port, num_ranks, is_master=False, timeout=timeout
@@ -170,17 +172,19 @@ def join(
     *,
     deterministic: bool,
 ) -> RankGroup:
-    """Meet the other ranks. Raises RankLost when one does not come within the deadline.
+    """Meet the other ranks. Raises RankLost when one does not come within MEET_DEADLINE_S.
 
+    deadline_s: of each collective later.
     The group is not torch's global one: two executors of one process, as in tests, are two groups.
     """
     try:
-        backend = _backend(store, shard, device, timedelta(seconds=deadline_s))
+        backend = _backend(store, shard, device, timedelta(seconds=MEET_DEADLINE_S))
     except RuntimeError as exc:
         raise RankLost(
             f"rank {shard.rank} of {shard.size} did not meet the others within "
-            f"{deadline_s:g} s: {exc}"
+            f"{MEET_DEADLINE_S:g} s: {exc}"
         ) from exc
+    backend._set_default_timeout(timedelta(seconds=deadline_s))
     ordered = shard.size > 2 and (deterministic or device.type == "cpu")
     return RankGroup(backend, shard, vocab_size, deadline_s, ordered=ordered)
 

@@ -109,7 +109,7 @@ def _load(told: Join, steps: Channel) -> Executor:
     settings = told.settings
     spec, device = Executor.prepare(settings)
     steps.send(Started(), told.deadline_s)
-    store = find_store(told.store_port, settings.num_ranks, told.deadline_s)
+    store = find_store(told.store_port, settings.num_ranks)
     group = join(
         store,
         settings.shard,

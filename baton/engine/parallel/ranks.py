@@ -80,7 +80,7 @@ class Ranks:
 
     def _start(self, vocab_size: int, device: torch.device) -> None:
         settings = self._settings
-        store, port = host_store(settings.num_ranks, self._deadline_s)
+        store, port = host_store(settings.num_ranks)
         for number in range(1, settings.num_ranks):
             self._ranks.append(_spawn(number))
         for rank in self._ranks:
@@ -88,14 +88,17 @@ class Ranks:
             told = Join(settings=own, store_port=port, deadline_s=self._deadline_s)
             rank.steps.send(told, self._deadline_s)
         self._expect(Started)
-        self._group = join(
-            store,
-            settings.shard,
-            vocab_size,
-            device,
-            self._deadline_s,
-            deterministic=settings.deterministic,
-        )
+        try:
+            self._group = join(
+                store,
+                settings.shard,
+                vocab_size,
+                device,
+                self._deadline_s,
+                deterministic=settings.deterministic,
+            )
+        except RankLost as exc:
+            raise self._lost(exc) from exc
 
     @property
     def group(self) -> RankGroup:
@@ -197,18 +200,23 @@ class Ranks:
     def _lost(self, cause: PeerError) -> RankLost:
         """The first loss, with what the operating system knows of the processes."""
         if self._loss is None:
-            self._loss = RankLost(
-                f"{self._ended() or cause.message}; this worker ends", hop="ranks"
-            )
+            self._loss = RankLost(f"{self._told(cause)}; this worker ends", hop="ranks")
         return self._loss
 
-    def _ended(self) -> str:
-        """A dead process lets go of its sockets a moment before it can be asked for its end."""
+    def _told(self, cause: PeerError) -> str:
+        """A rank that was killed is why the others ended; otherwise the cause comes first.
+
+        A dead process lets go of its sockets a moment before it can be asked for its end.
+        """
         for rank in self._ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 rank.process.wait(REAP_S / len(self._ranks))
         ended = [(rank, rank.process.poll()) for rank in self._ranks]
-        return ", ".join(_describe(rank, code) for rank, code in ended if code is not None)
+        killed = [_describe(rank, code) for rank, code in ended if code is not None and code < 0]
+        if killed:
+            return ", ".join(killed)
+        others = [_describe(rank, code) for rank, code in ended if code is not None]
+        return ", ".join([cause.message, *others])
 
 
 def _describe(rank: _Rank, code: int) -> str:
