@@ -9,8 +9,11 @@ from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
+import torch
+
 from baton.engine.block_pool import BlockPool
 from baton.engine.executor import Executor
+from baton.engine.models.backends import backend_for
 from baton.engine.plan import StepPlan
 from baton.engine.scheduler import NewToken, Scheduler
 from baton.engine.scheduler import Sequence as Running
@@ -43,7 +46,10 @@ class Baton(Engine):
         )
         self._scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), config, frozenset())
         self._ids = count()
-        self.versions = {"torch": version("torch")}
+        cpu = torch.device("cpu")
+        backend = backend_for(cpu, num_threads=setup.num_threads, deterministic=False)
+        # Says whether this machine could compile the kernels.
+        self.versions = {"torch": version("torch"), "arithmetic": backend.arithmetic}
         self.pool_bytes = num_blocks * BLOCK_SIZE * self._executor.layout.bytes_per_token
 
     def prefill(self, prompt: Sequence[int]) -> None:
