@@ -8,13 +8,16 @@ imported it before the kernel files: that is how tests come to run kernels in it
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-AVAILABLE = torch.version.cuda is not None or "triton" in sys.modules
+AVAILABLE = "triton" in sys.modules or (
+    torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+)
 _triton: Any = importlib.import_module("triton") if AVAILABLE else None
 tl: Any = importlib.import_module("triton.language") if AVAILABLE else None
 INTERPRETED: bool = AVAILABLE and bool(_triton.knobs.runtime.interpret)

@@ -23,6 +23,7 @@ from baton.engine.kernels.gated_activation import (
     silu_mul_triton,
 )
 from baton.engine.kernels.grouped_matmul import grouped_matmul_reference, grouped_matmul_triton
+from baton.engine.kernels.jit import AVAILABLE
 from baton.engine.kernels.paged_decode_attention import (
     paged_decode_attention_reference,
     paged_decode_attention_triton,
@@ -42,6 +43,7 @@ from baton.engine.kernels.shared_prefix_decode_attention import (
     shared_prefix_decode_attention_triton,
 )
 from baton.engine.kernels.store_kv import store_kv_reference, store_kv_triton
+from baton.protocol.errors import ConfigError
 
 
 class DecodeAttention(Protocol):
@@ -141,5 +143,14 @@ TRITON = Kernels(
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The implementations that tensors on ``device`` are given to."""
-    return TRITON if device.type == "cuda" else REFERENCES
+    """The implementations that tensors on ``device`` are given to. Raises ConfigError for a GPU
+    whose kernels cannot be compiled here."""
+    if device.type != "cuda":
+        return REFERENCES
+    if not AVAILABLE:
+        raise ConfigError(
+            "device is cuda, but this environment has no Triton, which compiles the kernels; "
+            "install a CUDA build of torch, which brings it, or set placement.device to cpu",
+            param="placement.device",
+        )
+    return TRITON

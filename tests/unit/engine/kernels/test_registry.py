@@ -10,7 +10,9 @@ from dataclasses import fields
 import pytest
 import torch
 
+from baton.engine.kernels import registry
 from baton.engine.kernels.registry import REFERENCES, TRITON, Kernels, kernels_for
+from baton.protocol.errors import ConfigError
 
 OPERATIONS = [field.name for field in fields(Kernels)]
 
@@ -24,9 +26,17 @@ def test_reference_and_kernel_have_one_signature(name: str) -> None:
     assert inspect.signature(reference) == inspect.signature(kernel)
 
 
-def test_gpus_get_kernels_and_cpus_get_references() -> None:
+def test_gpus_get_kernels_and_cpus_get_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "AVAILABLE", True)
     assert kernels_for(torch.device("cuda:1")) is TRITON
     assert kernels_for(torch.device("cpu")) is REFERENCES
+
+
+def test_a_gpu_without_triton_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "AVAILABLE", False)
+    assert kernels_for(torch.device("cpu")) is REFERENCES
+    with pytest.raises(ConfigError, match=r"no Triton.*placement\.device to cpu"):
+        kernels_for(torch.device("cuda"))
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch brings Triton")
