@@ -234,7 +234,10 @@ class PrefillDecider:
             if new is not None:
                 instructions += self._first_token(new, now)
             elif chunk.seq_id in self._sender:
-                done = chunk.start + len(chunk.token_ids)
+                # Less than the chunk's tokens while these are on their way through the layers.
+                sequence = self._scheduler.get(chunk.seq_id)
+                assert sequence is not None
+                done = sequence.num_computed
                 instructions += self._sent(
                     self._sender.computed(chunk.seq_id, chunk.block_table, done, now), now
                 )

@@ -61,7 +61,7 @@ class Prefill:
     def __init__(self, **engine: Any) -> None:
         config = engine_config(**engine)
         self.pool = BlockPool(config.num_blocks, config.block_size)
-        scheduler = Scheduler(self.pool, config, frozenset([EOS_ID]))
+        scheduler = Scheduler(self.pool, config, frozenset([EOS_ID]), num_layers=LAYOUT.num_layers)
         sender = Sender(self.pool, LAYOUT, transfer_config())
         self.decider = PrefillDecider("p-0", "inc-p", self.pool, scheduler, sender, VOCAB_SIZE)
 
@@ -351,4 +351,18 @@ def test_tenants_are_kept_apart() -> None:
         prefill.tell(dispatch(request))
         [run, *_] = prefill.step()
         assert [c.start for c in run.plan.chunks] == [0]
+    prefill.idle()
+
+
+def test_a_prompt_on_its_way_through_the_layers_is_not_sent_yet() -> None:
+    prefill = Prefill(prefill_mode="layered", max_num_batched_tokens=16)
+    prefill.tell(dispatch(body("r", 40)))
+    for layer in range(2):
+        [run, *_] = first = prefill.step()
+        assert [(c.layer_start, c.num_layers) for c in run.plan.chunks] == [(layer, 1)]
+        assert not any(isinstance(i, PushKv) for i in first)
+        assert prefill.answer(Granted(T, 3, 10.0)) == []
+    pushes = [i for i in prefill.step() if isinstance(i, PushKv)]
+    assert [(p.token_start, p.num_tokens) for p in pushes] == [(0, 40)]
+    prefill.answer(TransferAck(T, 3))
     prefill.idle()
