@@ -37,6 +37,13 @@ SETTINGS = [
     SamplingParams(temperature=1.0, repetition_penalty=0.6, top_p=0.9, seed=10),
     SamplingParams(temperature=0.8, presence_penalty=1.5, frequency_penalty=0.7, seed=11),
     SamplingParams(temperature=1.0, presence_penalty=-1.0, frequency_penalty=-0.4, seed=12),
+    SamplingParams(
+        temperature=1.0,
+        repetition_penalty=1.2,
+        presence_penalty=1.0,
+        frequency_penalty=0.3,
+        seed=16,
+    ),
     SamplingParams(temperature=1.0, logit_bias=((4, 3.0), (11, -2.0), (30, -100.0)), seed=13),
     SamplingParams(
         temperature=1.4,

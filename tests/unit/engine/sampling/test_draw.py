@@ -85,6 +85,18 @@ def test_the_ends_of_the_interval_draw_kept_tokens_only(size: int) -> None:
     assert draw.invert(weights, ends).tolist() == [first, size - 1]
 
 
+def test_the_end_of_a_block_draws_its_last_token_and_no_other() -> None:
+    """Block sums and running sums round apart; between them nothing else may be drawn."""
+    generator = torch.Generator().manual_seed(2)
+    weights = (torch.rand(4_000, 512, generator=generator) * -40).exp()
+    weights.view(4_000, 4, 128)[:, :, 100:] = 0
+    ends = weights.view(4_000, 4, 128).sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    below = (ends[:, 1] / ends[:, 3]).nextafter(torch.zeros(4_000, dtype=torch.float64))
+    drawn = draw.invert(weights, below)
+    assert (weights.gather(1, drawn[:, None]) > 0).all()
+    assert ((drawn >= 128) & (drawn < 356)).all()
+
+
 @pytest.mark.parametrize("size", [1, 40, 128, 1000, 4096])
 def test_a_draw_inverts_the_running_sum(size: int) -> None:
     generator = torch.Generator().manual_seed(size)

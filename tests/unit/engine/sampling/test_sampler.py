@@ -18,6 +18,7 @@ from baton.engine.sampling.seen_tokens import SeenTokens
 from baton.protocol.sampling import SamplingParams
 
 VOCAB = 30
+PROMPT = (1, 7, 7)
 EOS = (2, 5)
 PENALISED = SamplingParams(
     temperature=1.5,
@@ -147,6 +148,17 @@ def test_an_id_that_is_used_again_starts_anew() -> None:
     sampler.sample(logits_of(0), [row(PENALISED, output=(4, 4, 4, 4))])
     other = row(PENALISED, prompt=(8, 9), output=(6, 6, 6, 6, 6))
     assert sampler.sample(logits_of(1), [other]) == Sampler(EOS).sample(logits_of(1), [other])
+
+
+def test_a_sequence_that_is_shorter_than_before_starts_anew() -> None:
+    """As after a step that was undone: the same prompt and parameters, another output."""
+    sampler = Sampler(EOS)
+    for output in ((4, 4, 4, 4), (6,), (6, 6)):
+        one = row(PENALISED, prompt=PROMPT, output=output)
+        assert sampler.sample(logits_of(1), [one]) == Sampler(EOS).sample(logits_of(1), [one])
+    kept = sampler._kept["s"].seen
+    assert kept is not None
+    assert dict(zip(kept.ids.tolist(), kept.counts.tolist(), strict=True)) == {1: 0, 7: 0, 6: 2}
 
 
 def test_a_request_always_has_a_token_to_draw() -> None:
