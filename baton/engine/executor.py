@@ -141,8 +141,8 @@ class Executor:
 
     @staticmethod
     def prepare(settings: LoadSettings) -> tuple[ModelSpec, torch.device]:
-        """The whole model's spec and this rank's device; sets the process's compute threads.
-        Raises as ``load`` does, before anything is allocated."""
+        """The whole model's spec and this rank's device. Raises as ``load`` does, before anything
+        is allocated."""
         device = _device(settings)
         _dtype(settings.dtype)
         spec = load_spec(Path(settings.folder), settings.max_model_len)
@@ -153,7 +153,6 @@ class Executor:
                 f"checkpoint: {', '.join(map(str, allowed_sizes(spec)))}",
                 param="tensor_parallel",
             )
-        torch.set_num_threads(settings.num_threads)
         return spec, device
 
     @classmethod

@@ -24,11 +24,13 @@ log = logging.getLogger(__name__)
 
 
 def backend_for(device: torch.device, *, num_threads: int, deterministic: bool) -> Backend:
-    """Raises ConfigError when ``deterministic`` asks for what this machine lacks."""
+    """Sets torch's compute threads. Raises ConfigError when ``deterministic`` asks for what this
+    machine lacks."""
+    torch.set_num_threads(num_threads)
     if device.type != "cpu":
         return TorchBackend(device, deterministic=deterministic)
     try:
-        return CompiledBackend(load_library(num_threads))
+        backend = CompiledBackend(load_library(num_threads))
     except CannotCompile as exc:
         if deterministic:
             raise ConfigError(
@@ -37,6 +39,9 @@ def backend_for(device: torch.device, *, num_threads: int, deterministic: bool) 
             ) from exc
         _warn_once(str(exc))
         return TorchBackend(device, deterministic=False)
+    # What is left to torch is small; its threads would spin beside those of the kernels.
+    torch.set_num_threads(1)
+    return backend
 
 
 @cache

@@ -53,7 +53,7 @@ inline int64_t rounded(int64_t n) { return (n + NR - 1) / NR * NR; }
 template <typename T>
 inline void prefetch(const T* row, int64_t dim) {
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d);
+  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d, 0, 2);
 }
 
 // A row of values into its place in the panels [width / NR, TILE, NR].
@@ -216,13 +216,24 @@ void run(const Job& job, const Unit& unit, Scratch& s) {
         ++block;
       }
     }
+    // The next tile is fetched while this one is computed: caches do not guess block tables.
+    const int64_t ahead = std::min<int64_t>(TILE, last_position + 1 - tile - TILE);
+    for (int64_t j = 0; j < ahead; ++j) {
+      const int64_t at = (int64_t(table[block]) * job.block_size + place) * row_stride +
+                         unit.head_begin * dim;
+      prefetch(static_cast<const T*>(job.keys) + at, num_heads * dim);
+      prefetch(static_cast<const T*>(job.values) + at, num_heads * dim);
+      if (++place == job.block_size) {
+        place = 0;
+        ++block;
+      }
+    }
     for (int64_t head = 0; head < num_heads; ++head) {
       const int64_t first = (unit.head_begin + head) * dim;
       const T *keys[TILE], *values[TILE];
       for (int64_t j = from; j < to; ++j) {
         keys[j] = static_cast<const T*>(job.keys) + offsets[j] + first;
         values[j] = static_cast<const T*>(job.values) + offsets[j] + first;
-        prefetch(values[j], dim);
       }
       // Slots outside [from, to) may hold anything, even NaN: they are never read.
       if (from > 0 || to < TILE) std::fill(s.transposed.begin(), s.transposed.end(), 0.0f);

@@ -15,6 +15,7 @@ enum Gate { NO_GATE = 0, SILU = 1, GELU_TANH = 2 };
 constexpr int64_t DEPTH_BLOCK = 384;             // a panel's block of it stays in L1
 constexpr int64_t ROW_BLOCK_BYTES = 192 * 1024;  // rows kept in L2 while panels pass by
 constexpr int MAX_ROW_BLOCK = 240;
+constexpr int64_t MOST_ROWS_FETCHING_AHEAD = 48;  // beyond, weights are not what is waited for
 constexpr int64_t CHUNKS_PER_THREAD = 4;
 
 struct Product {
@@ -91,7 +92,7 @@ void few_rows(const Product& job, const W* w, int64_t begin, int64_t end) {
   }
 }
 
-template <typename W>
+template <typename W, bool AHEAD>
 void many_rows(const Product& job, const W* w, int64_t begin, int64_t end) {
   const int64_t stride = job.depth * NR;
   const int64_t depth_blocks = (job.depth + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
@@ -101,13 +102,24 @@ void many_rows(const Product& job, const W* w, int64_t begin, int64_t end) {
   alignas(64) float sums[MAX_ROW_BLOCK * NR];
   for (int64_t first = 0; first < job.rows; first += row_block) {
     const int64_t rows = std::min(row_block, job.rows - first);
+    const int64_t tiles = (rows + MR - 1) / MR;
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int64_t k = 0; k < job.depth; k += depth_block) {
         const int64_t depth = std::min(depth_block, job.depth - k);
+        const W* block = w + panel * stride + k * NR;
+        // While the tiles of a few rows go over this block, the next panel's is fetched.
+        const int64_t row_bytes = NR * sizeof(W) / tiles;
+        Ahead ahead{reinterpret_cast<const char*>(block + stride), row_bytes};
         for (int64_t r = 0; r < rows;) {
           const int count = tile_rows(rows - r);
-          micro_rows<W>(count, job.x + (first + r) * job.depth + k, job.depth,
-                        w + panel * stride + k * NR, NR, depth, sums + r * NR, NR, k > 0);
+          const float* x = job.x + (first + r) * job.depth + k;
+          if (AHEAD) {
+            micro_rows<W, true>(count, x, job.depth, block, NR, depth, sums + r * NR, NR, k > 0,
+                                ahead);
+            ahead.at += depth * row_bytes;
+          } else {
+            micro_rows<W>(count, x, job.depth, block, NR, depth, sums + r * NR, NR, k > 0);
+          }
           r += count;
         }
       }
@@ -126,7 +138,8 @@ void some_panels(const Product& job, const W* w, int64_t begin, int64_t end) {
     case 3:
       return few_rows<3, 2, W>(job, w, begin, end);
     default:
-      return many_rows<W>(job, w, begin, end);
+      return job.rows <= MOST_ROWS_FETCHING_AHEAD ? many_rows<W, true>(job, w, begin, end)
+                                                  : many_rows<W, false>(job, w, begin, end);
   }
 }
 

@@ -32,12 +32,19 @@ inline Pair load_pair(const bf16* row) {
   return {(vf)(words << 16), (vf)(words & 0xffff0000u)};
 }
 
+// Memory that will be read soon: `bytes_per_row` of it are asked for at each step over k.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t bytes_per_row = 0;
+};
+
 // acc[r][panel] (+)= sum over k of a[r][k] * panels[panel][k]. Panels lie panel_stride apart,
 // rows of a panel NR apart. c: partial sums [rows, P * NR], read when `resume` is set.
-template <int ROWS, int P, typename W>
+template <int ROWS, int P, typename W, bool AHEAD = false>
 inline __attribute__((always_inline)) void micro(const float* a, int64_t lda, const W* b,
                                                  int64_t panel_stride, int64_t ldb, int64_t depth,
-                                                 float* c, int64_t ldc, bool resume) {
+                                                 float* c, int64_t ldc, bool resume,
+                                                 Ahead ahead = {}) {
   vf acc[ROWS][P][2];
   for (int r = 0; r < ROWS; ++r) {
     for (int p = 0; p < P; ++p) {
@@ -47,6 +54,7 @@ inline __attribute__((always_inline)) void micro(const float* a, int64_t lda, co
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
+    if constexpr (AHEAD) __builtin_prefetch(ahead.at + k * ahead.bytes_per_row, 0, 2);
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       const Pair w = load_pair(b + p * panel_stride + k * ldb);
@@ -67,20 +75,20 @@ inline __attribute__((always_inline)) void micro(const float* a, int64_t lda, co
   }
 }
 
-template <int ROWS, int P, typename W>
+template <int ROWS, int P, typename W, bool AHEAD = false>
 void micro_call(const float* a, int64_t lda, const W* b, int64_t panel_stride, int64_t ldb,
-                int64_t depth, float* c, int64_t ldc, bool resume) {
-  micro<ROWS, P, W>(a, lda, b, panel_stride, ldb, depth, c, ldc, resume);
+                int64_t depth, float* c, int64_t ldc, bool resume, Ahead ahead = {}) {
+  micro<ROWS, P, W, AHEAD>(a, lda, b, panel_stride, ldb, depth, c, ldc, resume, ahead);
 }
 
 // num_rows <= MR rows times one panel.
-template <typename W>
+template <typename W, bool AHEAD = false>
 inline void micro_rows(int num_rows, const float* a, int64_t lda, const W* b, int64_t ldb,
-                       int64_t depth, float* c, int64_t ldc, bool resume) {
+                       int64_t depth, float* c, int64_t ldc, bool resume, Ahead ahead = {}) {
   switch (num_rows) {
 #define BATON_CASE(R) \
   case R:             \
-    return micro_call<R, 1, W>(a, lda, b, 0, ldb, depth, c, ldc, resume);
+    return micro_call<R, 1, W, AHEAD>(a, lda, b, 0, ldb, depth, c, ldc, resume, ahead);
     BATON_CASE(1)
     BATON_CASE(2)
     BATON_CASE(3)
