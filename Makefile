@@ -56,7 +56,7 @@ check: venv ## style, types, import layers, and the quick tests (two minutes)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q tests/unit tests/property tests/conformance $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 tests/unit tests/property tests/conformance $(ARGS)
 
 bench: venv ## measure against colocated serving; results land in benchmarks/results
 	@$(BIN)/python -m benchmarks $(ARGS)

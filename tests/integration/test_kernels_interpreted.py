@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[2]
 LOADER = "import sys, triton, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 """Triton comes first: the kernel files take it only where it is already there."""
 LEAST_TESTS = 50

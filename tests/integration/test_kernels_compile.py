@@ -10,7 +10,7 @@ from pathlib import Path
 
 from baton.engine.kernels.registry import Kernels
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_kernel_passes_tritons_checks() -> None:

@@ -15,7 +15,7 @@ from benchmarks.engine.gate import GateRed
 from benchmarks.engine.run import run
 from benchmarks.engine.stage import Options
 from benchmarks.engine.variants import EnginePlan
-from tests.unit.benchmarks.engine.test_engine_process import MODULE
+from tests.integration.benchmarks.test_engine_process import MODULE
 
 MISSING = PeerEnvironment(name="missing", package="missing", version="1")
 

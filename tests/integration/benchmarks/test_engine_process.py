@@ -103,7 +103,7 @@ def test_it_ends_with_a_benchmark_that_is_killed_while_it_is_stopped(tmp_path: P
     code = f"""
 import asyncio, sys
 from pathlib import Path
-from tests.unit.benchmarks.engine.test_engine_process import scripted, setup
+from tests.integration.benchmarks.test_engine_process import scripted, setup
 
 async def main():
     async with scripted(Path({str(tmp_path)!r})) as engine:
