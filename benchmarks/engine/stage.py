@@ -44,7 +44,7 @@ class Options:
     scratch: Path
     torch_pip_args: str
 
-    pool_tokens: int = 65_536
+    pool_tokens: int = 131_072
     max_num_batched_tokens: int = 2_048
     max_num_seqs: int = 64
 

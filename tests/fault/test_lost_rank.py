@@ -97,15 +97,20 @@ class Step(threading.Thread):
         return self.error
 
 
+def shared_files(process: psutil.Process) -> set[str]:
+    return {m.path for m in process.memory_maps() if m.path.startswith("/dev/shm")}
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_killed_in_mid_step(folder: Path, size: int) -> None:
+    before = shared_files(psutil.Process())
     executor = load(folder, size, WAIT_S)
     try:
         victim, *others = ranks_of(os.getpid())
         assert len(others) == size - 2
         executor.execute(plan(1))
-        for process in (victim, psutil.Process()):
-            assert not [m.path for m in process.memory_maps() if m.path.startswith("/dev/shm")]
+        assert not shared_files(victim)
+        assert shared_files(psutil.Process()) == before
         victim.send_signal(signal.SIGSTOP)
         step = Step(executor, 2)
         step.join(0.5)
