@@ -28,12 +28,7 @@ def completion_logprobs(
     for token in tokens:
         offsets.append(offset)
         offset += len(token.text)
-    top = [
-        None
-        if token.logprobs is None
-        else {label(tokenizer, best.token_id): best.logprob for best in token.logprobs.top}
-        for token in tokens
-    ]
+    top = [None if token.logprobs is None else _with_own(token, tokenizer) for token in tokens]
     return CompletionLogprobs(
         tokens=[label(tokenizer, token.token_id) for token in tokens],
         token_logprobs=[
@@ -42,6 +37,14 @@ def completion_logprobs(
         top_logprobs=top if with_top else None,
         text_offset=offsets,
     )
+
+
+def _with_own(token: Token, tokenizer: Tokenizer) -> dict[str, float]:
+    """The best ones and the token itself, which need not be one of them."""
+    assert token.logprobs is not None
+    entries = {label(tokenizer, best.token_id): best.logprob for best in token.logprobs.top}
+    entries.setdefault(label(tokenizer, token.token_id), token.logprobs.logprob)
+    return entries
 
 
 def chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> ChatLogprobs:

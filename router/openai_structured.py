@@ -25,8 +25,9 @@ class ResponseFormat(msgspec.Struct, frozen=True):
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(msgspec.Struct, frozen=True):
-    """vLLM's. A schema is an object, or text that holds one."""
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's. A schema is an object, or text that holds one. Its other fields change what may be
+    written, so they are refused instead of passed over."""
 
     json: msgspec.Raw = msgspec.Raw()
     regex: str | None = None
@@ -50,7 +51,7 @@ class StructuredFields(msgspec.Struct, frozen=True, kw_only=True):
 def constraint_of(fields: StructuredFields) -> Constraint | None:
     """Raises InvalidRequest for what is not known here, and for more than one constraint."""
     asked = fields.structured_outputs or StructuredOutputs()
-    if _text(asked.structural_tag):
+    if _is_given(asked.structural_tag):
         raise InvalidRequest(
             "structured_outputs.structural_tag is not supported; allowed: one of json, regex, "
             "choice, grammar, json_object",
@@ -58,8 +59,7 @@ def constraint_of(fields: StructuredFields) -> Constraint | None:
         )
     found = [_response_format(fields.response_format)]
     for schema in (asked.json, fields.guided_json):
-        text = _text(schema)
-        found.append(json_schema(text) if text else None)
+        found.append(json_schema(_text(schema)) if _is_given(schema) else None)
     for regex in (asked.regex, fields.guided_regex):
         found.append(None if regex is None else Constraint("regex", regex))
     for texts in (asked.choice, fields.guided_choice):
@@ -89,10 +89,14 @@ def _response_format(value: ResponseFormat | None) -> Constraint | None:
     )
 
 
+def _is_given(raw: msgspec.Raw) -> bool:
+    return bytes(raw) not in (b"", b"null")
+
+
 def _text(raw: msgspec.Raw) -> str:
     """The JSON as it was sent, since the order of properties is that of the output; the text
     itself where it was sent as a string; empty for null."""
-    sent = bytes(raw)
-    if not sent or sent == b"null":
+    if not _is_given(raw):
         return ""
+    sent = bytes(raw)
     return msgspec.json.decode(sent, type=str) if sent.startswith(b'"') else sent.decode()

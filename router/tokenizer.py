@@ -40,6 +40,8 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self._bos_id = bos_id
+        self._texts: dict[int, str] = {}
+        """Of single tokens, as far as anybody asked: no more than the vocabulary."""
         self._special_ids = frozenset(
             token_id
             for token_id, token in inner.get_added_tokens_decoder().items()
@@ -95,10 +97,15 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """What the token adds inside a text, special tokens spelled out.
 
-        Decoded behind itself, because decoders may drop the space before a first word.
+        Decoded behind itself, because decoders may drop the space before a first word; once,
+        because an answer with log-probabilities asks for thousands.
         """
-        alone = self.decode([token_id], skip_special_tokens=False)
-        return self.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :]
+        text = self._texts.get(token_id)
+        if text is None:
+            alone = self.decode([token_id], skip_special_tokens=False)
+            text = self.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :]
+            self._texts[token_id] = text
+        return text
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids

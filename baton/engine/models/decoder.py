@@ -96,15 +96,22 @@ class Decoder:
         inputs: StepInputs,
         cache: KvCache,
     ) -> Tensor:
-        qkv = layer.qkv(self._norm(hidden, layer.input_norm))
-        mixed = self._backend.attention(qkv, layer.attention, turn, inputs, cache, number)
+        # Unnamed rows are given back at once: of long prompts they are the memory of a step.
+        mixed = self._backend.attention(
+            layer.qkv(self._norm(hidden, layer.input_norm)),
+            layer.attention,
+            turn,
+            inputs,
+            cache,
+            number,
+        )
         return self._add(hidden, layer.output, mixed, layer.attention_out_norm)
 
     def _mlp(self, hidden: Tensor, layer: Layer) -> Tensor:
-        normed = self._norm(hidden, layer.mlp_norm)
         if isinstance(layer.mlp, DenseMlp):
-            return self._add(hidden, layer.mlp.down, layer.mlp.gate_up(normed), layer.mlp_out_norm)
-        part = self._group.reduce(mix_experts(normed, layer.mlp))
+            gated = layer.mlp.gate_up(self._norm(hidden, layer.mlp_norm))
+            return self._add(hidden, layer.mlp.down, gated, layer.mlp_out_norm)
+        part = self._group.reduce(mix_experts(self._norm(hidden, layer.mlp_norm), layer.mlp))
         return self._add_part(hidden, part, layer.mlp_out_norm)
 
     def _add(self, hidden: Tensor, last: Product, rows: Tensor, norm: Tensor | None) -> Tensor:

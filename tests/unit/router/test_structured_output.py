@@ -72,6 +72,11 @@ def test_the_order_of_properties_is_kept() -> None:
         ({"response_format": {"type": "xml"}}, "response_format", "xml"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "schema is missing"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag"),
+        (
+            {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": ""}},
+            "structured_outputs",
+            "whitespace_pat",
+        ),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "choice", "one way"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "regex", "one way"),
         ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "not supported"),
@@ -82,6 +87,14 @@ def test_http_refusals(fields: dict[str, Any], param: str, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words) as caught:
         from_http(**fields)
     assert caught.value.param == param
+
+
+def test_an_empty_schema_is_not_none() -> None:
+    for fields in ({"guided_json": ""}, {"structured_outputs": {"json": ""}}):
+        constraint = from_http(**fields)
+        assert constraint is not None
+        with pytest.raises(InvalidRequest, match="not JSON"):
+            checked(constraint)
 
 
 OPTIONS: list[tuple[Options, Constraint]] = [
