@@ -3,7 +3,7 @@
 Deterministic mode: a request's logits are bitwise the same whatever shares its batch, however it
 is chunked, and on whichever worker of the same arithmetic class it runs. The compiled CPU
 kernels always compute so; on a GPU products run in row tiles of one fixed shape (see
-``torch_backend``) and the attention kernels split KV at fixed positions.
+``torch_backend``) and one attention kernel takes all rows.
 """
 
 from __future__ import annotations

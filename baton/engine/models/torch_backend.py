@@ -62,6 +62,21 @@ class _GroupedProduct:
 
 
 @dataclass(frozen=True, slots=True)
+class _TiledGroupedProduct:
+    """Expert by expert, each in the tiles of ``tiled_linear``: the kernel's tile would depend on
+    how many rows the whole step has."""
+
+    weights: Tensor
+    gated: Callable[[Tensor], Tensor] | None
+
+    def __call__(self, rows: Tensor, expert_of_row: Tensor) -> Tensor:
+        counts = torch.bincount(expert_of_row, minlength=len(self.weights)).tolist()
+        parts = zip(torch.split(rows, counts), self.weights, strict=True)
+        out = torch.cat([tiled_linear(part, weight, None) for part, weight in parts])
+        return out if self.gated is None else self.gated(out)
+
+
+@dataclass(frozen=True, slots=True)
 class _Embedding:
     table: Tensor
 
@@ -81,6 +96,7 @@ class TorchBackend:
         machine = "cpu" if self._is_cpu else torch.cuda.get_device_name(device)
         self._arithmetic = f"{machine}/kernels-{KERNELS_VERSION}/torch-{torch.__version__}"
         self._kernels = kernels_for(device)
+        self._is_deterministic = deterministic
         self._multiply: Multiply = tiled_linear if deterministic else linear
         self._gates: dict[Activation, Callable[[Tensor], Tensor]] = {
             "silu": self._kernels.silu_mul,
@@ -102,6 +118,8 @@ class TorchBackend:
 
     def grouped(self, weights: Tensor, activation: Activation | None) -> GroupedProduct:
         gate = None if activation is None else self._gates[activation]
+        if self._is_deterministic:
+            return _TiledGroupedProduct(weights, gate)
         return _GroupedProduct(weights, self._kernels, gate)
 
     def embedding_and_head(self, table: Tensor, head: Tensor) -> tuple[Embedding, Product]:
@@ -152,7 +170,10 @@ class TorchBackend:
         spec: AttentionSpec,
         inputs: StepInputs,
     ) -> Tensor:
-        num_decodes = inputs.num_decodes
+        # The kernels for decodes and for chunks add up in different orders, and a row may come
+        # as either: deterministic mode has one of them.
+        num_decodes = 0 if self._is_deterministic else inputs.num_decodes
+        bounds = inputs.cu_seqlens_q if self._is_deterministic else inputs.cu_seqlens_prefill
         parts = []
         if num_decodes:
             parts.append(
@@ -174,7 +195,7 @@ class TorchBackend:
                     key_blocks,
                     value_blocks,
                     inputs.block_tables[num_decodes:],
-                    inputs.cu_seqlens_prefill,
+                    bounds,
                     inputs.context_lens[num_decodes:],
                     scale=spec.scale,
                     window=spec.window,

@@ -17,6 +17,7 @@ HIDDEN, INNER = 24, 10
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "compiled": lambda: CompiledBackend(load_library(1)),
     "torch": lambda: TorchBackend(torch.device("cpu"), deterministic=False),
+    "torch, deterministic": lambda: TorchBackend(torch.device("cpu"), deterministic=True),
 }
 
 
@@ -68,8 +69,9 @@ def test_rows_get_what_their_own_experts_give(backend: Backend, weights: Weights
     torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_neighbours_do_not_change_a_row() -> None:
-    mlp = Weights().on(CompiledBackend(load_library(1)))
+@pytest.mark.parametrize("name", ["compiled", "torch, deterministic"])
+def test_neighbours_do_not_change_a_row(name: str) -> None:
+    mlp = Weights().on(BACKENDS[name]())
     rows = random_rows(64)
     together = mix_experts(rows, mlp)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(4))

@@ -128,7 +128,7 @@ inline void add_values(const float* weights, const T* const* values, int64_t fro
   }
   for (; d < dim; ++d) {
     for (int64_t j = from; j < to; ++j) {
-      sums[d] = __builtin_fmaf(weights[j], to_float(values[j][d]), sums[d]);
+      sums[d] = multiply_add(weights[j], to_float(values[j][d]), sums[d]);
     }
   }
 }

@@ -41,17 +41,20 @@ def library_path(cache: Path | None = None) -> Path:
     start together wait for the first one. Raises CannotCompile.
     """
     compiler = _compiler()
-    folder = cache or Path.home() / ".cache" / "baton" / "kernels"
-    target = folder / f"kernels-{_fingerprint(compiler)}.so"
-    if target.exists():
-        return target
     try:
+        folder = cache or Path.home() / ".cache" / "baton" / "kernels"
+        target = folder / f"kernels-{_fingerprint(compiler)}.so"
+        if target.exists():
+            return target
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(folder / "lock"):
             if not target.exists():
                 _compile(compiler, target)
-    except OSError as exc:
+    except (OSError, RuntimeError) as exc:
+        # Path.home() raises RuntimeError for a user without a home.
         raise CannotCompile(f"the folder for compiled kernels cannot be used: {exc}") from exc
+    except subprocess.TimeoutExpired as exc:
+        raise CannotCompile(f"{compiler} took longer than {COMPILE_TIMEOUT_S} s") from exc
     return target
 
 
@@ -114,7 +117,5 @@ def _compile(compiler: str, target: Path) -> None:
             shown = "\n".join(done.stderr.splitlines()[:_SHOWN_ERROR_LINES])
             raise CannotCompile(f"{compiler} failed with status {done.returncode}:\n{shown}")
         unfinished.replace(target)
-    except subprocess.TimeoutExpired as exc:
-        raise CannotCompile(f"{compiler} took longer than {COMPILE_TIMEOUT_S} s") from exc
     finally:
         unfinished.unlink(missing_ok=True)

@@ -130,6 +130,15 @@ inline vf load(const f16* p) {
 #endif
 }
 
+// What the compiler makes of a * b + c on vectors: one rounding where the machine has it.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Lanes are halved again and again, so the order of additions is one fixed tree.
 inline float sum(vf v) {
   float lanes[VL];

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 #if defined(__x86_64__)
@@ -33,10 +34,7 @@ class Pool {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) function(context, chunk);
       return;
     }
-    while (int(helpers_.size()) < threads - 1) {
-      helpers_.emplace_back([this, number = int(helpers_.size())] { help(number); });
-      helpers_.back().detach();
-    }
+    start(threads - 1);
     // A ticket holds the job's number above the next chunk's, so that a helper which wakes late
     // can claim nothing of a job it has not read.
     function_ = function;
@@ -65,6 +63,17 @@ class Pool {
   static constexpr uint64_t CLOSED = (uint64_t(1) << CHUNK_BITS) - 1;
   static constexpr int SPINS_BEFORE_YIELD = 2000;
   static constexpr int SPINS_BEFORE_SLEEP = 4000;  // some 100 us: longer than a gap within a step
+
+  // Where the system gives no more threads, those that there are do the work.
+  void start(int count) {
+    try {
+      while (int(helpers_.size()) < count) {
+        helpers_.emplace_back([this, number = int(helpers_.size())] { help(number); });
+        helpers_.back().detach();
+      }
+    } catch (const std::system_error&) {
+    }
+  }
 
   void work(uint64_t job) {
     for (;;) {
