@@ -51,7 +51,9 @@ class PromptLookup:
         return []
 
     def _forget_older_half(self) -> None:
-        kept, num_seen = self._tokens[-(MAX_INDEXED_TOKENS // 2) :], self.num_seen
-        self.__init__()  # type: ignore[misc]
+        kept = self._tokens[-(MAX_INDEXED_TOKENS // 2) :]
+        self._tokens = []
+        self._behind = tuple({} for _ in MATCH_TOKENS)
+        # They were counted when they came first.
+        self.num_seen -= len(kept)
         self.extend(kept)
-        self.num_seen = num_seen
