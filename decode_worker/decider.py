@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
-
 from baton.engine.block_pool import BlockPool
 from baton.engine.plan import FailedSequence
-from baton.engine.scheduler import NewToken, Scheduler, Sequence
+from baton.engine.scheduler import NewToken, Scheduler
 from baton.protocol.config import EngineConfig
 from baton.protocol.ids import RequestId, transfer_id
 from baton.protocol.messages import (
@@ -16,13 +14,11 @@ from baton.protocol.messages import (
     AnyMessage,
     Denied,
     Dispatch,
-    HopTimes,
     KvFrame,
     LeaseRenew,
     LoadReport,
     RequestBody,
     Reserve,
-    TokenItem,
     TransferCancel,
     TransferEnd,
 )
@@ -40,8 +36,9 @@ from baton.worker.events import (
     StepWanted,
     Tick,
 )
-from baton.worker.grammar_gate import GrammarGate
-from kv_transfer.frames import RAW
+from baton.worker.jobs import Jobs, sequence_of, token_item
+from baton.worker.load import load_report
+from decode_worker.handover import DecodeJob, arrived_job, hop_times, nothing_follows
 from kv_transfer.instructions import Arrived, ReceiveInstruction, ToPrefill
 from kv_transfer.receiver import Receiver
 
@@ -60,17 +57,6 @@ class FrameArrived:
 @dataclass(frozen=True, slots=True)
 class EndArrived:
     end: TransferEnd
-
-
-@dataclass(slots=True)
-class _Job:
-    """A request that this worker decodes. ``arrived`` tells of its hand-over, once."""
-
-    body: RequestBody
-    arrived_at: float
-    deadline_at: float
-    started_at: float | None = None
-    arrived: HopTimes | None = None
 
 
 class DecodeDecider:
@@ -94,8 +80,7 @@ class DecodeDecider:
         self._receiver = receiver
         self._vocab_size = vocab_size
         self._desk = RouterDesk(worker_id, incarnation, role, self._holds)
-        self._gate = GrammarGate()
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: Jobs[DecodeJob] = Jobs(scheduler)
 
     @property
     def has_step_in_flight(self) -> bool:
@@ -124,8 +109,7 @@ class DecodeDecider:
             case StepRaised(reason):
                 return self._step_raised(reason)
             case GrammarReady(constraint):
-                for sequence in self._gate.open(constraint):
-                    self._run(sequence)
+                self._jobs.grammar_ready(constraint)
                 return []
             case GrammarFailed():
                 return self._grammar_failed(event)
@@ -157,29 +141,18 @@ class DecodeDecider:
     def _accept(self, body: RequestBody, now: float) -> list[object]:
         """Both phases here."""
         seq_id = transfer_id(RequestId(body.request_id), body.attempt)
-        if seq_id in self._jobs or self._scheduler.get(seq_id) is not None:
+        if self._jobs.is_known(seq_id):
             return []
         code, reason, retryable = self._refusal(body)
         if code:
             return [self._desk.failed(body, code, reason, retryable=retryable)]
-        self._jobs[seq_id] = _Job(body, now, now + body.deadline_in_s)
-        sequence = Sequence(
-            seq_id,
-            body.prompt_ids,
-            list(body.output_ids),
-            body.sampling,
-            body.priority,
-            tenant=body.tenant,
-        )
-        if body.sampling.constraint is not None:
-            return [*self._gate.hold(sequence)]
-        self._scheduler.add(sequence)
-        return []
+        job = DecodeJob(body, now, now + body.deadline_in_s)
+        return [*self._jobs.start(job, sequence_of(seq_id, body))]
 
     def _reserve(self, peer_key: str, ask: Reserve, now: float) -> list[object]:
         self._desk.seen(ask.body.router_id, now)
         transfer = ask.transfer_id
-        if self._scheduler.get(transfer) is not None or transfer in self._gate:
+        if self._jobs.is_known(transfer):
             return []
         code, reason, retryable = self._refusal(ask.body)
         if not code and transfer != transfer_id(RequestId(ask.body.request_id), ask.body.attempt):
@@ -201,36 +174,17 @@ class DecodeDecider:
 
     def _abort(self, request_id: str, attempt: int, now: float) -> None:
         self._desk.forget(request_id, attempt)
-        for seq_id, job in list(self._jobs.items()):
-            if job.body.request_id == request_id and job.body.attempt <= attempt:
-                self._drop(seq_id)
+        for seq_id in self._jobs.of_request(request_id, attempt):
+            self._jobs.drop(seq_id)
         for transfer, body in self._receiver.bodies():
             if body.request_id == request_id and body.attempt <= attempt:
                 self._receiver.cancel(transfer, now)
 
-    def _drop(self, seq_id: str) -> None:
-        del self._jobs[seq_id]
-        held = self._gate.drop(seq_id)
-        if held is None:
-            self._scheduler.drop(seq_id)
-        else:
-            self._pool.release(seq_id, held.block_table)
-
-    def _run(self, sequence: Sequence) -> None:
-        if sequence.block_table:
-            self._scheduler.add_computed(sequence)
-        else:
-            self._scheduler.add(sequence)
-
     def _grammar_failed(self, failed: GrammarFailed) -> list[object]:
-        instructions: list[object] = []
-        for sequence in self._gate.open(failed.constraint):
-            self._pool.release(sequence.seq_id, sequence.block_table)
-            body = self._jobs.pop(sequence.seq_id).body
-            instructions.append(
-                self._desk.failed(body, failed.code, failed.message, retryable=failed.retryable)
-            )
-        return instructions
+        return [
+            self._desk.failed(job.body, failed.code, failed.message, retryable=failed.retryable)
+            for job in self._jobs.grammar_failed(failed.constraint)
+        ]
 
     # --- transfers ----------------------------------------------------------------------
 
@@ -238,7 +192,7 @@ class DecodeDecider:
         """Preempted sequences come back before anything new is let in."""
         if self._scheduler.num_waiting:
             return []
-        taken = self._scheduler.num_running + self._gate.num_with_blocks
+        taken = self._scheduler.num_running + self._jobs.num_at_gate_with_blocks
         seats = self._config.max_num_seqs - taken
         return [*self._receiver.grant(seats, now)]
 
@@ -252,37 +206,11 @@ class DecodeDecider:
         return passed
 
     def _join(self, arrived: Arrived, now: float) -> list[object]:
-        body = arrived.body
-        outputs = [*body.output_ids, *arrived.token_ids]
-        if max(outputs) >= self._vocab_size or len(outputs) >= body.sampling.max_tokens:
+        reason = nothing_follows(arrived, self._vocab_size)
+        if reason:
             self._pool.release(arrived.transfer_id, arrived.blocks)
-            reason = f"the prefill side drew {arrived.token_ids[-1]}, which nothing can follow"
-            return [self._desk.failed(body, "transfer_failed", reason, retryable=True)]
-        deadline_at = arrived.asked_at + body.deadline_in_s
-        job = _Job(body, now, deadline_at, started_at=now)
-        job.arrived = HopTimes(
-            reserve_wait_s=arrived.reserve_wait_s,
-            transfer_s=arrived.transfer_s,
-            transfer_bytes=arrived.num_bytes,
-            transfer_frames=arrived.num_frames,
-            codec=RAW,
-            transport="zeromq",
-        )
-        self._jobs[arrived.transfer_id] = job
-        sequence = Sequence(
-            arrived.transfer_id,
-            body.prompt_ids,
-            outputs,
-            body.sampling,
-            body.priority,
-            tenant=body.tenant,
-            block_table=tuple(arrived.blocks),
-            num_computed=len(body.prompt_ids) + len(body.output_ids),
-        )
-        if body.sampling.constraint is not None:
-            return [*self._gate.hold(sequence)]
-        self._scheduler.add_computed(sequence)
-        return []
+            return [self._desk.failed(arrived.body, "transfer_failed", reason, retryable=True)]
+        return [*self._jobs.start(*arrived_job(arrived, now))]
 
     # --- steps --------------------------------------------------------------------------
 
@@ -290,62 +218,28 @@ class DecodeDecider:
         plan = self._scheduler.schedule()
         if plan is None:
             return []
-        for chunk in plan.chunks:
-            job = self._jobs[chunk.seq_id]
-            if job.started_at is None:
-                job.started_at = now
+        self._jobs.begin(plan, now)
         return [RunStep(plan)]
 
     def _book(self, news: list[NewToken], now: float) -> list[object]:
         for new in news:
-            self._new_token(new, now)
+            seq_id = new.sequence.seq_id
+            job = self._jobs[seq_id]
+            item = token_item(job.body, new, hop_times(job, new, now))
+            self._desk.put(job.body.router_id, item, now)
+            if new.finish_reason:
+                self._jobs.end(seq_id)
         return self._desk.flush()
-
-    def _new_token(self, new: NewToken, now: float) -> None:
-        sequence = new.sequence
-        job = self._jobs[sequence.seq_id]
-        assert job.started_at is not None
-        hop = None
-        if job.arrived is not None:
-            first_step_s = now - job.started_at
-            hop = msgspec.structs.replace(job.arrived, first_step_s=first_step_s)
-            job.arrived = None
-        elif new.place == len(job.body.output_ids):
-            hop = HopTimes(
-                queued_s=job.started_at - job.arrived_at,
-                prefill_s=now - job.started_at,
-                num_chunks=sequence.num_chunks,
-            )
-        if new.finish_reason and sequence.num_preemptions:
-            hop = msgspec.structs.replace(hop or HopTimes(), preemptions=sequence.num_preemptions)
-        item = TokenItem(
-            request_id=job.body.request_id,
-            attempt=job.body.attempt,
-            seq=new.place,
-            token_ids=(new.token_id,),
-            logprobs=() if new.logprobs is None else (new.logprobs,),
-            finish_reason=new.finish_reason,
-            stop_token_id=new.stop_token_id,
-            hop=hop,
-            prompt_logprobs=new.prompt_logprobs,
-        )
-        self._desk.put(job.body.router_id, item, now)
-        if new.finish_reason:
-            del self._jobs[sequence.seq_id]
 
     def _cannot_go_on(self, failed: FailedSequence) -> list[object]:
         """Before the step is booked: what was drawn for the sequence must not be."""
-        job = self._jobs.get(failed.seq_id)
-        if job is None:
+        if failed.seq_id not in self._jobs:
             return []
-        self._drop(failed.seq_id)
-        return [self._desk.failed(job.body, failed.code, failed.message, retryable=False)]
+        body = self._jobs.drop(failed.seq_id).body
+        return [self._desk.failed(body, failed.code, failed.message, retryable=False)]
 
     def _step_raised(self, reason: str) -> list[object]:
-        return [
-            self._desk.step_failed(self._jobs.pop(sequence.seq_id).body, reason)
-            for sequence in self._scheduler.abandon_step()
-        ]
+        return [self._desk.step_failed(job.body, reason) for _, job in self._jobs.abandon_step()]
 
     # --- time ---------------------------------------------------------------------------
 
@@ -355,11 +249,9 @@ class DecodeDecider:
         for transfer, body in self._receiver.bodies():
             if body.router_id in gone:
                 self._receiver.cancel(transfer, now)
-        for seq_id, job in list(self._jobs.items()):
-            if job.body.router_id in gone:
-                self._drop(seq_id)
-            elif now > job.deadline_at:
-                self._drop(seq_id)
+        for seq_id, is_late in self._jobs.lapsed(gone, now):
+            job = self._jobs.drop(seq_id)
+            if is_late:
                 instructions.append(self._desk.late(job.body))
         return instructions
 
@@ -368,40 +260,16 @@ class DecodeDecider:
         return wanted in self._jobs or wanted in self._receiver
 
     def report(self, facts: ShellFacts) -> LoadReport:
-        scheduler, counts = self._scheduler, self._scheduler.counts
-        return LoadReport(
-            worker_id=self._worker_id,
-            incarnation=self._incarnation,
-            role=self._role,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting + len(self._gate),
-            num_waiting_tokens=scheduler.num_waiting_tokens,
-            num_blocks=self._pool.num_blocks,
-            num_free_blocks=self._pool.num_free,
-            block_size=self._pool.block_size,
-            num_transfers=self._receiver.num_open,
+        num_transfers = self._receiver.num_open
+        return load_report(
+            self._worker_id,
+            self._incarnation,
+            self._role,
+            self._scheduler,
+            facts,
+            num_at_gate=self._jobs.num_at_gate,
+            num_transfers=num_transfers,
             num_parked=0,
-            num_preemptions=counts.num_preemptions,
-            num_backpressured=counts.num_blocked + self._receiver.num_blocked,
-            kv_bytes_sent=facts.kv_bytes_sent,
-            kv_bytes_received=facts.kv_bytes_received,
-            kv_transport=facts.kv_transport,
-            num_leases=self._receiver.num_open,
-            num_tasks=facts.num_tasks,
-            step_count=scheduler.num_steps,
-            integrity_errors=tuple(self._check_integrity()),
-            num_swapped_out=counts.num_swapped_out,
-            num_cache_queried_tokens=counts.num_cache_queried_tokens,
-            num_cache_hit_tokens=counts.num_cache_hit_tokens,
-            num_draft_tokens=counts.num_draft_tokens,
-            num_accepted_draft_tokens=counts.num_accepted_draft_tokens,
+            num_reservations_blocked=self._receiver.num_blocked,
+            is_idle=not (self._jobs or num_transfers or self.has_step_in_flight),
         )
-
-    def _check_integrity(self) -> list[str]:
-        """Run when nothing is open: then every block must be free."""
-        if self._jobs or self._receiver.num_open or self.has_step_in_flight:
-            return []
-        problems = self._scheduler.check_integrity()
-        if self._pool.owners:
-            problems.append(f"blocks left with {sorted(self._pool.owners)[:4]}")
-        return problems

@@ -8,7 +8,7 @@ import msgspec
 
 from baton.engine.block_pool import BlockPool
 from baton.engine.plan import FailedSequence, StepPlan
-from baton.engine.scheduler import NewToken, Scheduler, Sequence
+from baton.engine.scheduler import NewToken, Scheduler
 from baton.protocol.ids import RequestId, transfer_id
 from baton.protocol.messages import (
     Abort,
@@ -19,7 +19,6 @@ from baton.protocol.messages import (
     HopTimes,
     LoadReport,
     RequestBody,
-    TokenItem,
     TransferAck,
     TransferNack,
     WorkerRef,
@@ -37,7 +36,8 @@ from baton.worker.events import (
     StepWanted,
     Tick,
 )
-from baton.worker.grammar_gate import GrammarGate
+from baton.worker.jobs import Job, Jobs, sequence_of, token_item
+from baton.worker.load import load_report
 from kv_transfer.instructions import SendClosed, SendInstruction
 from kv_transfer.sender import Sender, owner_name
 
@@ -61,15 +61,11 @@ class DecodeRefused:
     reason: str
 
 
-@dataclass(slots=True)
-class _Job:
-    """A request from its dispatch until its KV is acknowledged (or it ended here)."""
+@dataclass(slots=True, kw_only=True)
+class PrefillJob(Job):
+    """Open until its KV is acknowledged, or it ended here."""
 
-    body: RequestBody
     decode: WorkerRef
-    arrived_at: float
-    deadline_at: float
-    started_at: float | None = None
 
 
 class PrefillDecider:
@@ -89,8 +85,7 @@ class PrefillDecider:
         self._sender = sender
         self._vocab_size = vocab_size
         self._desk = RouterDesk(worker_id, incarnation, ROLE, self._holds)
-        self._gate = GrammarGate()
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: Jobs[PrefillJob] = Jobs(scheduler)
         self._plan: StepPlan | None = None
 
     @property
@@ -118,8 +113,7 @@ class PrefillDecider:
             case StepRaised(reason):
                 return self._step_raised(reason, now)
             case GrammarReady(constraint):
-                for sequence in self._gate.open(constraint):
-                    self._scheduler.add(sequence)
+                self._jobs.grammar_ready(constraint)
                 return []
             case GrammarFailed():
                 return self._grammar_failed(event)
@@ -153,7 +147,7 @@ class PrefillDecider:
 
     def _accept(self, body: RequestBody, decode: WorkerRef | None, now: float) -> list[object]:
         seq_id = transfer_id(RequestId(body.request_id), body.attempt)
-        if seq_id in self._jobs or self._scheduler.get(seq_id) is not None:
+        if self._jobs.is_known(seq_id):
             return []
         if len(self._jobs) >= MAX_JOBS:
             return [
@@ -168,44 +162,22 @@ class PrefillDecider:
         reason = refusal(body, kv_tokens, self._pool, self._vocab_size)
         if reason:
             return [self._desk.failed(body, "invalid_request", reason, retryable=False)]
-        self._jobs[seq_id] = _Job(body, decode, now, now + body.deadline_in_s)
-        sequence = Sequence(
-            seq_id,
-            body.prompt_ids,
-            list(body.output_ids),
-            body.sampling,
-            body.priority,
-            tenant=body.tenant,
-        )
-        if body.sampling.constraint is not None:
-            return [*self._gate.hold(sequence)]
-        self._scheduler.add(sequence)
-        return []
+        job = PrefillJob(body, now, now + body.deadline_in_s, decode=decode)
+        return [*self._jobs.start(job, sequence_of(seq_id, body))]
 
     def _abort(self, request_id: str, attempt: int, now: float) -> list[object]:
         self._desk.forget(request_id, attempt)
-        doomed = [
-            seq_id
-            for seq_id, job in self._jobs.items()
-            if job.body.request_id == request_id and job.body.attempt <= attempt
-        ]
+        doomed = self._jobs.of_request(request_id, attempt)
         return [i for seq_id in doomed for i in self._drop(seq_id, now)]
 
     def _drop(self, seq_id: str, now: float) -> list[object]:
-        del self._jobs[seq_id]
-        if self._gate.drop(seq_id) is None:
-            self._scheduler.drop(seq_id)
+        self._jobs.drop(seq_id)
         return [*self._sender.cancel(seq_id, now)]
 
     def _grammar_failed(self, failed: GrammarFailed) -> list[object]:
         return [
-            self._desk.failed(
-                self._jobs.pop(sequence.seq_id).body,
-                failed.code,
-                failed.message,
-                retryable=failed.retryable,
-            )
-            for sequence in self._gate.open(failed.constraint)
+            self._desk.failed(job.body, failed.code, failed.message, retryable=failed.retryable)
+            for job in self._jobs.grammar_failed(failed.constraint)
         ]
 
     # --- steps --------------------------------------------------------------------------
@@ -216,14 +188,11 @@ class PrefillDecider:
             return []
         self._plan = plan
         instructions: list[object] = [RunStep(plan)]
-        for chunk in plan.chunks:
-            job = self._jobs[chunk.seq_id]
-            if job.started_at is None:
-                job.started_at = now
-                if job.body.sampling.max_tokens > len(job.body.output_ids) + 1:
-                    left_s = max(0.0, job.deadline_at - now)
-                    body = msgspec.structs.replace(job.body, deadline_in_s=left_s)
-                    instructions += self._sender.begin(chunk.seq_id, job.decode, body, now)
+        for seq_id, job in self._jobs.begin(plan, now):
+            if job.body.sampling.max_tokens > len(job.body.output_ids) + 1:
+                left_s = max(0.0, job.deadline_at - now)
+                body = msgspec.structs.replace(job.body, deadline_in_s=left_s)
+                instructions += self._sender.begin(seq_id, job.decode, body, now)
         return instructions
 
     def _book(self, plan: StepPlan, news: list[NewToken], now: float) -> list[object]:
@@ -245,7 +214,8 @@ class PrefillDecider:
 
     def _first_token(self, new: NewToken, now: float) -> list[object]:
         sequence = new.sequence
-        job = self._jobs[sequence.seq_id]
+        seq_id = sequence.seq_id
+        job = self._jobs[seq_id]
         assert job.started_at is not None
         hop = HopTimes(
             queued_s=job.started_at - job.arrived_at,
@@ -253,22 +223,10 @@ class PrefillDecider:
             num_chunks=sequence.num_chunks,
             preemptions=sequence.num_preemptions,
         )
-        item = TokenItem(
-            request_id=job.body.request_id,
-            attempt=job.body.attempt,
-            seq=new.place,
-            token_ids=(new.token_id,),
-            logprobs=() if new.logprobs is None else (new.logprobs,),
-            finish_reason=new.finish_reason,
-            stop_token_id=new.stop_token_id,
-            hop=hop,
-            prompt_logprobs=new.prompt_logprobs,
-        )
-        self._desk.put(job.body.router_id, item, now)
+        self._desk.put(job.body.router_id, token_item(job.body, new, hop), now)
         if new.finish_reason:
-            del self._jobs[sequence.seq_id]
-            return [*self._sender.cancel(sequence.seq_id, now)]
-        seq_id = sequence.seq_id
+            self._jobs.end(seq_id)
+            return [*self._sender.cancel(seq_id, now)]
         num_computed = sequence.num_computed
         blocks = tuple(self._scheduler.take_blocks(sequence, owner_name(seq_id)))
         return [
@@ -278,17 +236,16 @@ class PrefillDecider:
 
     def _cannot_go_on(self, failed: FailedSequence, now: float) -> list[object]:
         """Before the step is booked: what was drawn for the sequence must not be."""
-        job = self._jobs.get(failed.seq_id)
-        if job is None:
+        if failed.seq_id not in self._jobs:
             return []
+        job = self._jobs[failed.seq_id]
         said = self._desk.failed(job.body, failed.code, failed.message, retryable=False)
         return [*self._drop(failed.seq_id, now), said]
 
     def _step_raised(self, reason: str, now: float) -> list[object]:
         instructions: list[object] = []
-        for sequence in self._scheduler.abandon_step():
-            job = self._jobs.pop(sequence.seq_id)
-            instructions += self._sender.cancel(sequence.seq_id, now)
+        for seq_id, job in self._jobs.abandon_step():
+            instructions += self._sender.cancel(seq_id, now)
             instructions.append(self._desk.step_failed(job.body, reason))
         return instructions
 
@@ -301,7 +258,7 @@ class PrefillDecider:
             if not isinstance(instruction, SendClosed):
                 passed.append(instruction)
                 continue
-            job = self._jobs.pop(instruction.transfer_id)
+            job = self._jobs.end(instruction.transfer_id)
             if instruction.error_code:
                 self._scheduler.drop(instruction.transfer_id)
                 failed = self._desk.failed(
@@ -318,11 +275,10 @@ class PrefillDecider:
     def _tick(self, now: float) -> list[object]:
         gone, instructions = self._desk.tick(now)
         instructions += self._sender.tick(now)
-        for seq_id, job in list(self._jobs.items()):
-            if job.body.router_id in gone:
-                instructions += self._drop(seq_id, now)
-            elif now > job.deadline_at:
-                instructions += self._drop(seq_id, now)
+        for seq_id, is_late in self._jobs.lapsed(gone, now):
+            job = self._jobs[seq_id]
+            instructions += self._drop(seq_id, now)
+            if is_late:
                 instructions.append(self._desk.late(job.body))
         return instructions
 
@@ -330,38 +286,15 @@ class PrefillDecider:
         return transfer_id(RequestId(request_id), attempt) in self._jobs
 
     def report(self, facts: ShellFacts) -> LoadReport:
-        scheduler, counts = self._scheduler, self._scheduler.counts
-        return LoadReport(
-            worker_id=self._worker_id,
-            incarnation=self._incarnation,
-            role=ROLE,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting + len(self._gate),
-            num_waiting_tokens=scheduler.num_waiting_tokens,
-            num_blocks=self._pool.num_blocks,
-            num_free_blocks=self._pool.num_free,
-            block_size=self._pool.block_size,
+        return load_report(
+            self._worker_id,
+            self._incarnation,
+            ROLE,
+            self._scheduler,
+            facts,
+            num_at_gate=self._jobs.num_at_gate,
             num_transfers=self._sender.num_open,
             num_parked=self._sender.num_parked,
-            num_preemptions=counts.num_preemptions,
-            num_backpressured=counts.num_blocked,
-            kv_bytes_sent=facts.kv_bytes_sent,
-            kv_bytes_received=facts.kv_bytes_received,
-            kv_transport=facts.kv_transport,
-            num_leases=self._sender.num_open,
-            num_tasks=facts.num_tasks,
-            step_count=scheduler.num_steps,
-            integrity_errors=tuple(self._check_integrity()),
-            num_swapped_out=counts.num_swapped_out,
-            num_cache_queried_tokens=counts.num_cache_queried_tokens,
-            num_cache_hit_tokens=counts.num_cache_hit_tokens,
+            num_reservations_blocked=0,
+            is_idle=not (self._jobs or self.has_step_in_flight),
         )
-
-    def _check_integrity(self) -> list[str]:
-        """Run when nothing is open: then every block must be free."""
-        if self._jobs or self.has_step_in_flight:
-            return []
-        problems = self._scheduler.check_integrity()
-        if self._pool.owners:
-            problems.append(f"blocks left with {sorted(self._pool.owners)[:4]}")
-        return problems
