@@ -46,6 +46,15 @@ class Hello(Message, frozen=True):
     role: Id
 
 
+class KvOffer(msgspec.Struct, frozen=True, array_like=True):
+    """A way by which KV may come to a worker. ``address`` is the transport's own affair."""
+
+    transport: Id
+    address: Text
+    public_key: Text = ""
+    """Of CURVE, where the link is encrypted."""
+
+
 class HelloReply(Message, frozen=True):
     """``refusal`` is empty when the link is accepted; the rest then describes the worker."""
 
@@ -56,8 +65,10 @@ class HelloReply(Message, frozen=True):
     role: Id
     layout_fingerprint: Text = ""
     kv_address: Text = ""
+    """Of ZeroMQ, for peers that know no ``kv_offers``."""
     capacity_tokens: Count = 0
     """The longest request (prompt and output) that the KV pool can hold."""
+    kv_offers: Annotated[tuple[KvOffer, ...], Meta(max_length=16)] = ()
 
 
 class WorkerRef(msgspec.Struct, frozen=True, array_like=True):
