@@ -11,9 +11,7 @@ import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from baton.engine.block_pool import BlockPool
 from baton.engine.plan import StepPlan
-from baton.engine.scheduler import Scheduler
 from baton.protocol.messages import (
     Abort,
     Dispatch,
@@ -27,29 +25,23 @@ from baton.protocol.messages import (
 from baton.worker.events import (
     FromPeer,
     RunStep,
-    ShellFacts,
     StepDone,
     StepRaised,
     StepWanted,
     Tick,
 )
-from decode_worker.decider import DecodeDecider, EndArrived, FrameArrived
-from kv_transfer.receiver import Receiver
-from kv_transfer.sender import Sender
-from prefill_worker.decider import DecodeRefused, FromDecode, PrefillDecider
+from decode_worker.decider import EndArrived, FrameArrived
+from prefill_worker.decider import DecodeRefused, FromDecode
 from tests.support.core import (
     DECODE,
-    EOS_ID,
     LAYOUT,
-    VOCAB_SIZE,
     body,
-    engine_config,
     run_plan,
-    transfer_config,
 )
+from tests.support.deciders import Decode, Prefill, Worker
 from tests.support.message_strategies import messages
 
-CONFIG = engine_config(6, max_num_batched_tokens=8)
+SMALL = {"num_blocks": 6, "max_num_batched_tokens": 8}
 SETTINGS = settings(
     deadline=None,
     max_examples=200,
@@ -85,7 +77,7 @@ ANSWERS = (
 ENGINE = st.sampled_from([StepWanted(), StepWanted(), Tick(), StepRaised("boom"), "done", "done"])
 
 
-def run(decider: Any, pool: BlockPool, events: list[object]) -> None:
+def run(worker: Worker, events: list[object]) -> None:
     """Feed them as a shell would, then abort all: nothing may be left."""
     plan: StepPlan | None = None
     now = 0.0
@@ -97,16 +89,16 @@ def run(decider: Any, pool: BlockPool, events: list[object]) -> None:
             if plan is None:
                 continue
             event, plan = (StepDone(run_plan(plan)) if event == "done" else event), None
-        for instruction in decider.handle(event, now):
+        for instruction in worker(event, now):
             if isinstance(instruction, RunStep):
                 plan = instruction.plan
-        assert pool.check_integrity() == []
+        assert worker.pool.check_integrity() == []
     if plan is not None:
-        decider.handle(StepDone(run_plan(plan)), now)
-    decider.handle(Tick(), now + 2e9)
-    report = decider.report(ShellFacts(0, 0, "", 0))
+        worker(StepDone(run_plan(plan)), now)
+    worker(Tick(), now + 2e9)
+    report = worker.report()
     assert report.integrity_errors == ()
-    assert pool.num_free == pool.num_blocks
+    assert worker.pool.num_free == worker.pool.num_blocks
 
 
 def from_peer(message: Message) -> FromPeer:
@@ -130,12 +122,8 @@ def from_decode(message: Message) -> FromDecode:
 )
 @SETTINGS
 def test_a_prefill_worker_survives_any_message(events: list[object]) -> None:
-    pool = BlockPool(CONFIG.num_blocks, CONFIG.block_size)
-    sender = Sender(pool, LAYOUT, transfer_config())
-    scheduler = Scheduler(pool, CONFIG, frozenset([EOS_ID]))
     begun = [from_peer(Dispatch(body("r", 4), DECODE)), StepWanted()]
-    decider = PrefillDecider("p-0", "1", pool, scheduler, sender, VOCAB_SIZE)
-    run(decider, pool, [*begun, *events])
+    run(Prefill(**SMALL), [*begun, *events])
 
 
 def frame_of(message: Any) -> FrameArrived:
@@ -184,9 +172,5 @@ ENDS = messages(named("TransferEnd")).map(
 )
 @SETTINGS
 def test_a_decode_worker_survives_any_message(events: list[object], role: str) -> None:
-    pool = BlockPool(CONFIG.num_blocks, CONFIG.block_size)
-    receiver = Receiver(pool, LAYOUT, CONFIG, transfer_config())
-    scheduler = Scheduler(pool, CONFIG, frozenset([EOS_ID]))
-    decider = DecodeDecider("d-0", "1", role, CONFIG, pool, scheduler, receiver, VOCAB_SIZE)
     begun = [from_peer(Reserve("r/0", LAYOUT.fingerprint(), body("r", 4)))]
-    run(decider, pool, [*begun, *events])
+    run(Decode(role, **SMALL), [*begun, *events])

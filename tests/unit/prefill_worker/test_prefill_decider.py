@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import msgspec
 
-from baton.engine.block_pool import BlockPool
 from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
-from baton.engine.scheduler import Scheduler
 from baton.protocol.messages import (
     Abort,
     Dispatch,
@@ -16,12 +14,8 @@ from baton.protocol.messages import (
     HopTimes,
     LeaseRenew,
     RequestBody,
-    RequestFailed,
     Reserve,
     RouterAlive,
-    TokenAck,
-    TokenAckItem,
-    TokenBatch,
     TokenItem,
     TransferAck,
     TransferCancel,
@@ -30,84 +24,32 @@ from baton.protocol.messages import (
     WorkerRef,
 )
 from baton.worker.events import (
-    FromPeer,
     RunStep,
-    ShellFacts,
     StepDone,
     StepRaised,
     StepWanted,
     Tick,
-    ToRouter,
 )
 from kv_transfer.instructions import CancelPush, PushEnd, PushKv, ToDecode
-from kv_transfer.sender import Sender
-from prefill_worker.decider import DecodeRefused, FromDecode, PrefillDecider
+from prefill_worker.decider import DecodeRefused
 from tests.support.core import (
     DECODE,
     EOS_ID,
     LAYOUT,
     VOCAB_SIZE,
     body,
-    engine_config,
-    run_plan,
-    transfer_config,
 )
+from tests.support.deciders import Prefill, ack, failure, prefill_tokens
 
 T = "r/0"
 CANCELLED = [ToDecode(DECODE, TransferCancel(T)), CancelPush(T)]
 
 
-class Prefill:
-    def __init__(self, **engine: Any) -> None:
-        config = engine_config(**engine)
-        self.pool = BlockPool(config.num_blocks, config.block_size)
-        scheduler = Scheduler(self.pool, config, frozenset([EOS_ID]), num_layers=LAYOUT.num_layers)
-        sender = Sender(self.pool, LAYOUT, transfer_config())
-        self.decider = PrefillDecider("p-0", "inc-p", self.pool, scheduler, sender, VOCAB_SIZE)
-
-    def __call__(self, event: object, now: float = 0.0) -> list[Any]:
-        return self.decider.handle(event, now)
-
-    def tell(self, message: Any, now: float = 0.0) -> list[Any]:
-        return self(FromPeer("router-0|1", "router-0", "router", message), now)
-
-    def answer(self, message: Any, now: float = 0.0) -> list[Any]:
-        return self(FromDecode(DECODE, message), now)
-
-    def step(self, now: float = 0.0, token_id: int | None = None) -> list[Any]:
-        """Schedule and complete; what came of both."""
-        first = self(StepWanted(), now)
-        [plan] = [i.plan for i in first if isinstance(i, RunStep)]
-        result = run_plan(plan)
-        if token_id is not None:
-            sampled = tuple(SampledToken(s.seq_id, token_id) for s in result.sampled)
-            result = StepResult(result.step, sampled, 0.0)
-        return [*first, *self(StepDone(result), now)]
-
-    def idle(self) -> None:
-        """Nothing is left, and the worker says so itself."""
-        report = self.decider.report(ShellFacts(0, 0, "", 0))
-        assert report.integrity_errors == ()
-        assert report.num_free_blocks == report.num_blocks
-        assert (report.num_transfers, report.num_running, report.num_waiting) == (0, 0, 0)
+failed = partial(failure, "prefill")
 
 
 def dispatch(request: RequestBody, decode: WorkerRef | None = DECODE) -> Dispatch:
     return Dispatch(request, decode)
-
-
-def ack(next_seq: int) -> TokenAck:
-    return TokenAck((TokenAckItem("r", 0, next_seq),))
-
-
-def tokens(item: TokenItem) -> ToRouter:
-    return ToRouter("router-0", TokenBatch("p-0", "inc-p", (item,)))
-
-
-def failed(code: str, message: str, retryable: bool, suspect: str = "", **to: str) -> ToRouter:
-    hop = to.get("hop", "prefill")
-    failure = RequestFailed("r", 0, code, message, retryable, hop, suspect)
-    return ToRouter("router-0", failure)
 
 
 def reserve(request: RequestBody) -> ToDecode:
@@ -133,7 +75,7 @@ def test_the_first_token_goes_to_the_router_and_the_kv_to_the_decode_worker() ->
     assert prefill(StepWanted(), 3.0) == [RunStep(StepPlan(2, (rest,)))]
     hop = HopTimes(queued_s=1.0, prefill_s=2.0, num_chunks=2)
     assert prefill(StepDone(StepResult(2, (SampledToken(T, 42),), 0.1)), 4.0) == [
-        tokens(TokenItem("r", 0, 0, (42,), hop=hop)),
+        prefill_tokens(TokenItem("r", 0, 0, (42,), hop=hop)),
         PushKv(DECODE, T, 7, 1, (0, 1, 2), 16, 4),
         PushEnd(DECODE, TransferEnd(T, 7, 2, 20, (42,))),
     ]
@@ -154,7 +96,7 @@ def test_an_end_at_the_first_token_cancels_the_reservation() -> None:
     assert prefill.step(token_id=EOS_ID) == [
         RunStep(StepPlan(1, (chunk,))),
         reserve(request),
-        tokens(item),
+        prefill_tokens(item),
         *CANCELLED,
     ]
     prefill.idle()
@@ -168,14 +110,14 @@ def test_one_token_alone_asks_for_no_room() -> None:
         [run, batch] = prefill.step(token_id=5)
         assert isinstance(run, RunStep)
         item = TokenItem("r", 0, seq, (5,), finish_reason="length", hop=HopTimes(num_chunks=1))
-        assert batch == tokens(item)
+        assert batch == prefill_tokens(item)
         prefill.idle()
 
 
 def test_parked_then_granted() -> None:
     prefill = Prefill()
     parked(prefill, body("r", 12))
-    report = prefill.decider.report(ShellFacts(0, 0, "", 0))
+    report = prefill.report()
     assert (report.num_parked, report.num_free_blocks) == (1, 14)
     pushed = prefill.answer(Granted(T, 3, 10.0), 9.0)
     assert [type(i) for i in pushed] == [PushKv, PushEnd]
@@ -191,7 +133,7 @@ def test_a_nack_sends_again_and_too_many_fail_the_request() -> None:
         cancel, push, end = prefill.answer(TransferNack(T, dead, dead + 1, "checksum"))
         assert (cancel, push.epoch, push.first_index) == (CancelPush(T), dead + 1, 0)
         assert end.end.epoch == dead + 1
-    suspect = failed("transfer_failed", "checksum; sent 3 times", True, "d-0", hop="transfer")
+    suspect = failure("transfer", "transfer_failed", "checksum; sent 3 times", True, suspect="d-0")
     assert prefill.answer(TransferNack(T, 5, 6, "checksum")) == [*CANCELLED, suspect]
     prefill.idle()
 
@@ -202,7 +144,7 @@ def test_a_refused_decode_worker_fails_the_request_at_once() -> None:
     prefill(StepWanted())
     assert prefill(DecodeRefused(DECODE, "version")) == [
         CancelPush(T),
-        failed("incompatible_peer", "version", True, "d-0", hop="transfer"),
+        failure("transfer", "incompatible_peer", "version", True, suspect="d-0"),
     ]
     assert prefill.pool.num_free == 14, "the engine may be writing still"
     chunk_done = StepResult(1, (SampledToken(T, 3),), 0.0)
@@ -287,7 +229,10 @@ def test_a_step_that_raises_costs_its_own_requests() -> None:
     prefill.tell(dispatch(first))
     prefill.tell(dispatch(second))
     prefill(StepWanted())
-    assert prefill(StepRaised("boom")) == [*CANCELLED, failed("internal", "boom", True, "p-0")]
+    assert prefill(StepRaised("boom")) == [
+        *CANCELLED,
+        failed("internal", "boom", True, suspect="p-0"),
+    ]
     [run, _, batch] = prefill.step()
     assert [c.seq_id for c in run.plan.chunks] == ["s/0"]
     assert batch.message.items[0].request_id == "s"
@@ -338,7 +283,7 @@ def test_a_prompt_stays_cached_once_its_transfer_has_ended() -> None:
     [push, _] = prefill.answer(Granted("again/0", 4, 10.0))
     assert isinstance(push, PushKv)
     assert (push.token_start, push.num_tokens) == (0, 20)
-    report = prefill.decider.report(ShellFacts(0, 0, "", 0))
+    report = prefill.report()
     assert (report.num_cache_queried_tokens, report.num_cache_hit_tokens) == (40, 16)
     prefill.answer(TransferAck("again/0", 4))
     prefill.idle()

@@ -15,7 +15,6 @@ from baton.protocol.messages import (
     Abort,
     Dispatch,
     RequestBody,
-    RequestFailed,
     TokenBatch,
 )
 from baton.protocol.sampling import SamplingParams
@@ -24,7 +23,6 @@ from baton.worker.events import (
     GrammarFailed,
     GrammarReady,
     RunStep,
-    ShellFacts,
     StepDone,
     StepWanted,
     Tick,
@@ -32,8 +30,7 @@ from baton.worker.events import (
 )
 from baton.worker.grammar_gate import GrammarGate
 from tests.support.core import DECODE, body, run_plan
-from tests.unit.decode_worker.test_decode_decider import Decode, end, frame
-from tests.unit.prefill_worker.test_prefill_decider import Prefill
+from tests.support.deciders import Decode, Prefill, end, failure, frame
 
 DIGITS = Constraint("regex", "[0-9]+")
 WORDS = Constraint("regex", "[a-z]+")
@@ -45,20 +42,8 @@ def constrained(request_id: str = "r", constraint: Constraint = DIGITS) -> Reque
     return msgspec.structs.replace(made, sampling=sampling)
 
 
-def failure(request_id: str, code: str, message: str, retryable: bool, hop: str) -> ToRouter:
-    return ToRouter("router-0", RequestFailed(request_id, 0, code, message, retryable, hop, ""))
-
-
-class Mixed(Decode):
-    def __init__(self) -> None:
-        super().__init__("mixed")
-
-    def tell(self, message: Any) -> list[Any]:
-        return self.router(message)
-
-
-def worker(role: str) -> Prefill | Mixed:
-    return Prefill() if role == "prefill" else Mixed()
+def worker(role: str) -> Prefill | Decode:
+    return Prefill() if role == "prefill" else Decode("mixed")
 
 
 def dispatch(role: str, request: RequestBody) -> Dispatch:
@@ -86,7 +71,7 @@ def test_a_request_waits_for_its_grammar_and_no_other(role: str) -> None:
     assert w.tell(dispatch(role, constrained())) == [CompileGrammar(DIGITS)]
     assert w.tell(dispatch(role, constrained())) == [], "the same dispatch again"
     assert w(StepWanted()) == []
-    assert w.decider.report(ShellFacts(0, 0, "", 0)).num_waiting == 1
+    assert w.report().num_waiting == 1
     assert w(GrammarReady(WORDS)) == []
     assert w(StepWanted()) == []
     w(GrammarReady(DIGITS))
@@ -99,8 +84,8 @@ def test_a_grammar_that_fails_costs_those_that_wanted_it(role: str) -> None:
     for name, constraint in (("a", DIGITS), ("b", WORDS), ("c", DIGITS)):
         w.tell(dispatch(role, constrained(name, constraint)))
     assert w(GrammarFailed(DIGITS, "invalid_request", "no", False)) == [
-        failure("a", "invalid_request", "no", False, role),
-        failure("c", "invalid_request", "no", False, role),
+        failure(role, "invalid_request", "no", False, request_id="a"),
+        failure(role, "invalid_request", "no", False, request_id="c"),
     ]
     assert w.decider.num_open == 1
     w(GrammarReady(WORDS))
@@ -118,7 +103,7 @@ def test_what_is_aborted_or_late_at_the_gate_is_gone(role: str) -> None:
     assert w.decider.num_open == 0
     w(GrammarReady(DIGITS))
     assert w(StepWanted()) == []
-    assert w.decider.report(ShellFacts(0, 0, "", 0)).integrity_errors == ()
+    assert w.report().integrity_errors == ()
 
 
 @pytest.mark.parametrize("role", ["prefill", "mixed"])
@@ -129,7 +114,7 @@ def test_a_sequence_that_cannot_go_on_takes_no_other_with_it(role: str) -> None:
     result = run_plan(w(StepWanted())[0].plan)
     stuck = FailedSequence("a/0", "invalid_request", "stuck")
     done = w(StepDone(dataclasses.replace(result, failed=(stuck,))))
-    assert failure("a", "invalid_request", "stuck", False, role) in done
+    assert failure(role, "invalid_request", "stuck", False, request_id="a") in done
     batches = [i.message for i in done if isinstance(i, ToRouter)]
     told = [item.request_id for b in batches if isinstance(b, TokenBatch) for item in b.items]
     assert told == ["b"]
@@ -159,7 +144,7 @@ def test_blocks_of_a_sequence_that_ends_at_the_gate_are_freed(ends: Any) -> None
     decode = Decode()
     handed_over(decode)
     if isinstance(ends, Abort):
-        decode.router(ends)
+        decode.tell(ends)
     else:
-        assert decode(ends) == [failure("r", "internal", "no", True, "decode")]
+        assert decode(ends) == [failure("decode", "internal", "no", True)]
     decode.idle()
