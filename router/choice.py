@@ -115,6 +115,7 @@ class Choice:
             sampling=sampling,
             priority=self.spec.priority,
             deadline_in_s=max(0.0, self.deadline_at - now),
+            tenant=self.spec.cache_salt,
         )
 
     def release(self) -> None:

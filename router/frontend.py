@@ -24,6 +24,7 @@ class GenerateSpec:
     prompt_ids: 1 to max_model_len - 1 token ids, all inside the vocabulary.
     n: independent continuations; choice i draws with seed + i.
     timeout_s: from arrival, all hops together; the deadline travels with the request.
+    cache_salt: cached prompts are shared among requests of the same salt; "" is one too.
     """
 
     request_id: RequestId
@@ -34,6 +35,7 @@ class GenerateSpec:
     priority: int = 0
     timeout_s: float = 600.0
     skip_special_tokens: bool = True
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,11 @@ class WorkerLoad:
     step_count: int
     age_s: float
     """Seconds since the report."""
+    num_swapped_out: int
+    num_cache_queried_tokens: int
+    num_cache_hit_tokens: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

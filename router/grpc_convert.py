@@ -71,6 +71,7 @@ def raw_request(request: pb.GenerateRequest | pb.ChatRequest) -> RawRequest:
         min_tokens=sampling.min_tokens if sampling.HasField("min_tokens") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         constraint=constraint_of(sampling),
+        cache_salt=request.cache_salt if request.HasField("cache_salt") else None,
     )
 
 
@@ -220,4 +221,9 @@ def _worker_load(load: WorkerLoad) -> pb.WorkerLoad:
         integrity_errors=load.integrity_errors,
         step_count=load.step_count,
         age_s=load.age_s,
+        num_swapped_out=load.num_swapped_out,
+        num_cache_queried_tokens=load.num_cache_queried_tokens,
+        num_cache_hit_tokens=load.num_cache_hit_tokens,
+        num_draft_tokens=load.num_draft_tokens,
+        num_accepted_draft_tokens=load.num_accepted_draft_tokens,
     )

@@ -35,6 +35,7 @@ INLINE_ECHO_IDS = 1_024
 """Longer prompts leave the event loop when each echoed token is to have its own text."""
 
 MAX_MODEL_NAME_CHARS = 256
+MAX_CACHE_SALT_CHARS = 256
 MAX_PRIORITY = 1_000
 """Priorities run from -MAX_PRIORITY to MAX_PRIORITY."""
 

@@ -42,6 +42,36 @@ _OF_WORKERS = (
     _WorkerMetric("worker_report_age_seconds", "Since the last report.", lambda w: w.age_s),
     _WorkerMetric("num_preemptions", "Requests preempted.", lambda w: w.num_preemptions, True),
     _WorkerMetric(
+        "num_swapped_out",
+        "Of the preemptions, those whose KV went to host memory.",
+        lambda w: w.num_swapped_out,
+        True,
+    ),
+    _WorkerMetric(
+        "prefix_cache_queries",
+        "Tokens looked up in the prefix cache.",
+        lambda w: w.num_cache_queried_tokens,
+        True,
+    ),
+    _WorkerMetric(
+        "prefix_cache_hits",
+        "Of the tokens looked up in the prefix cache, those that it held.",
+        lambda w: w.num_cache_hit_tokens,
+        True,
+    ),
+    _WorkerMetric(
+        "spec_decode_num_draft_tokens",
+        "Tokens guessed and verified.",
+        lambda w: w.num_draft_tokens,
+        True,
+    ),
+    _WorkerMetric(
+        "spec_decode_num_accepted_tokens",
+        "Of the tokens guessed, those that proved right.",
+        lambda w: w.num_accepted_draft_tokens,
+        True,
+    ),
+    _WorkerMetric(
         "num_backpressured", "Times that a sender had to wait.", lambda w: w.num_backpressured, True
     ),
     _WorkerMetric("kv_sent_bytes", "KV bytes sent.", lambda w: w.kv_bytes_sent, True),

@@ -139,4 +139,9 @@ def _load(member: Member, now: float) -> WorkerLoad:
         integrity_errors=report.integrity_errors if report else (),
         step_count=report.step_count if report else 0,
         age_s=now - member.seen_at,
+        num_swapped_out=report.num_swapped_out if report else 0,
+        num_cache_queried_tokens=report.num_cache_queried_tokens if report else 0,
+        num_cache_hit_tokens=report.num_cache_hit_tokens if report else 0,
+        num_draft_tokens=report.num_draft_tokens if report else 0,
+        num_accepted_draft_tokens=report.num_accepted_draft_tokens if report else 0,
     )

@@ -131,6 +131,7 @@ def _common(request: CommonRequest) -> RawRequest:
         min_tokens=request.min_tokens,
         prompt_logprobs=request.prompt_logprobs,
         constraint=constraint_of(request),
+        cache_salt=request.cache_salt,
     )
 
 

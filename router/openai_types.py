@@ -23,7 +23,7 @@ class CommonRequest(StructuredFields, frozen=True, kw_only=True):
     """What both kinds of completion share. ``timeout_s``, ``priority``, ``request_id``
     and ``bad_token_ids`` are Baton's own; ``top_k``, ``min_p``, ``repetition_penalty``,
     ``ignore_eos``, ``min_tokens``, ``stop_token_ids``, ``allowed_token_ids``, ``bad_words``,
-    ``prompt_logprobs`` and ``skip_special_tokens`` are what vLLM takes as well.
+    ``prompt_logprobs``, ``skip_special_tokens`` and ``cache_salt`` are what vLLM takes as well.
     """
 
     model: str | None = None
@@ -50,6 +50,7 @@ class CommonRequest(StructuredFields, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     priority: int | None = None
+    cache_salt: str | None = None
     timeout_s: float | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

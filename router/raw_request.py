@@ -46,6 +46,7 @@ class RawRequest:
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    cache_salt: str | None = None
 
     @property
     def num_text_chars(self) -> int:

@@ -64,6 +64,7 @@ class Validator:
         stop = _stop_strings(raw.stop)
         priority = integer("priority", raw.priority, 0, -limits.MAX_PRIORITY, limits.MAX_PRIORITY)
         timeout_s = self._timeout_s(raw.timeout_s)
+        cache_salt = _cache_salt(raw.cache_salt)
         skip_special_tokens = flag("skip_special_tokens", raw.skip_special_tokens, True)
         prompt_ids = self._prompt_ids(raw)
         default = DEFAULT_MAX_TOKENS if raw.messages is None else self._model.max_model_len
@@ -79,6 +80,7 @@ class Validator:
             priority=priority,
             timeout_s=timeout_s,
             skip_special_tokens=skip_special_tokens,
+            cache_salt=cache_salt,
         )
 
     async def generate_spec_off_loop(self, raw: RawRequest) -> GenerateSpec:
@@ -198,6 +200,24 @@ def _request_id(value: str | None) -> RequestId:
             param="request_id",
         )
     return RequestId(value)
+
+
+def _cache_salt(value: str | None) -> str:
+    """An empty one is refused: it would share with everybody, which no salt is meant to do.
+    A salt is kept like a password, so no message shows it."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InvalidRequest(
+            f"cache_salt is {shown(value)}; allowed: a non-empty string", param="cache_salt"
+        )
+    if not 1 <= len(value) <= limits.MAX_CACHE_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt has {len(value)} characters; allowed: 1 to {limits.MAX_CACHE_SALT_CHARS}",
+            param="cache_salt",
+        )
+    check_text("cache_salt", value)
+    return value
 
 
 def _stop_strings(values: Sequence[str] | None) -> tuple[str, ...]:

@@ -110,6 +110,7 @@ def _remarks(workers: tuple[WorkerLoad, ...]) -> list[Text]:
     for worker in workers:
         counts = (
             ("preempted", worker.num_preemptions),
+            ("swapped out", worker.num_swapped_out),
             ("parked", worker.num_parked),
             ("held back by a full peer", worker.num_backpressured),
         )
@@ -119,11 +120,22 @@ def _remarks(workers: tuple[WorkerLoad, ...]) -> list[Text]:
             lines.append(Text(old, "bold red"))
         if said:
             lines.append(Text(f"{worker.worker_id}: {said}", "yellow"))
+        spared = (
+            ("prefix cache", worker.num_cache_hit_tokens, worker.num_cache_queried_tokens),
+            ("guesses", worker.num_accepted_draft_tokens, worker.num_draft_tokens),
+        )
+        won = [f"{what} {_of(part, whole)}" for what, part, whole in spared if whole]
+        if won:
+            lines.append(Text(f"{worker.worker_id}: tokens spared by {', by '.join(won)}"))
         lines += [
             Text(f"{worker.worker_id}: integrity: {fault}", "bold red")
             for fault in worker.integrity_errors
         ]
     return lines
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({part / whole:.0%})"
 
 
 def human_bytes(count: int) -> str:

@@ -171,4 +171,9 @@ def _worker_load(message: pb.WorkerLoad) -> WorkerLoad:
         integrity_errors=tuple(message.integrity_errors),
         step_count=message.step_count,
         age_s=message.age_s,
+        num_swapped_out=message.num_swapped_out,
+        num_cache_queried_tokens=message.num_cache_queried_tokens,
+        num_cache_hit_tokens=message.num_cache_hit_tokens,
+        num_draft_tokens=message.num_draft_tokens,
+        num_accepted_draft_tokens=message.num_accepted_draft_tokens,
     )

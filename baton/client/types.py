@@ -74,6 +74,8 @@ class Options(TypedDict, total=False):
     """Leave special tokens out of the text (True)."""
     priority: int
     """Greater goes first among waiting requests (0)."""
+    cache_salt: str
+    """Cached prompts are shared only among requests of the same salt (none, which share too)."""
     request_id: str
     """Idempotency key, also the name for ``abort`` (a fresh one)."""
     model: str
@@ -228,6 +230,11 @@ class WorkerLoad:
     integrity_errors: tuple[str, ...]
     step_count: int
     age_s: float
+    num_swapped_out: int
+    num_cache_queried_tokens: int
+    num_cache_hit_tokens: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

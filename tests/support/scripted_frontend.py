@@ -265,4 +265,9 @@ def a_worker_load() -> WorkerLoad:
         integrity_errors=("free + held != total",),
         step_count=9,
         age_s=0.25,
+        num_swapped_out=10,
+        num_cache_queried_tokens=1_000,
+        num_cache_hit_tokens=750,
+        num_draft_tokens=40,
+        num_accepted_draft_tokens=33,
     )

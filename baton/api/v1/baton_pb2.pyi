@@ -17,7 +17,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "sampling_params", "priority", "timeout_s", "model")
+    __slots__ = ("request_id", "text", "token_ids", "sampling_params", "priority", "timeout_s", "model", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: TokenIds
@@ -32,23 +33,26 @@ class GenerateRequest(_message.Message):
     priority: int
     timeout_s: float
     model: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., model: _Optional[str] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., model: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("request_id", "messages", "sampling_params", "priority", "timeout_s", "model")
+    __slots__ = ("request_id", "messages", "sampling_params", "priority", "timeout_s", "model", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
     sampling_params: SamplingParams
     priority: int
     timeout_s: float
     model: str
-    def __init__(self, request_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., model: _Optional[str] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., model: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")
@@ -317,7 +321,7 @@ class GetLoadsResponse(_message.Message):
     def __init__(self, num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "state", "address", "num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_parked", "num_preemptions", "num_backpressured", "kv_bytes_sent", "kv_bytes_received", "kv_transport", "num_leases", "num_tasks", "integrity_errors", "step_count", "age_s")
+    __slots__ = ("worker_id", "incarnation", "role", "state", "address", "num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_parked", "num_preemptions", "num_backpressured", "kv_bytes_sent", "kv_bytes_received", "kv_transport", "num_leases", "num_tasks", "integrity_errors", "step_count", "age_s", "num_swapped_out", "num_cache_queried_tokens", "num_cache_hit_tokens", "num_draft_tokens", "num_accepted_draft_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -338,6 +342,11 @@ class WorkerLoad(_message.Message):
     INTEGRITY_ERRORS_FIELD_NUMBER: _ClassVar[int]
     STEP_COUNT_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_SWAPPED_OUT_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHE_QUERIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: str
@@ -358,7 +367,12 @@ class WorkerLoad(_message.Message):
     integrity_errors: _containers.RepeatedScalarFieldContainer[str]
     step_count: int
     age_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_parked: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_backpressured: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., kv_transport: _Optional[str] = ..., num_leases: _Optional[int] = ..., num_tasks: _Optional[int] = ..., integrity_errors: _Optional[_Iterable[str]] = ..., step_count: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
+    num_swapped_out: int
+    num_cache_queried_tokens: int
+    num_cache_hit_tokens: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_parked: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_backpressured: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., kv_transport: _Optional[str] = ..., num_leases: _Optional[int] = ..., num_tasks: _Optional[int] = ..., integrity_errors: _Optional[_Iterable[str]] = ..., step_count: _Optional[int] = ..., age_s: _Optional[float] = ..., num_swapped_out: _Optional[int] = ..., num_cache_queried_tokens: _Optional[int] = ..., num_cache_hit_tokens: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("code", "message", "hop", "retryable", "param", "request_id")

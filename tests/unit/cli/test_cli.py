@@ -156,7 +156,10 @@ def test_status_shows_workers_and_their_faults(server: Served) -> None:
     assert result.exit_code == 0
     for shown in ("serving", "d-0", "decode", "2%", "1.0 TiB", "6 B", "zeromq", "0.2s"):
         assert shown in result.stdout
-    assert "d-0: 4 preempted, 3 parked, 5 held back by a full peer" in result.stdout
+    remark = "d-0: 4 preempted, 10 swapped out, 3 parked, 5 held back by a full peer"
+    assert remark in result.stdout
+    spared = "d-0: tokens spared by prefix cache 750 of 1000 (75%), by guesses 33 of 40 (82%)"
+    assert spared in result.stdout
     assert "d-0: integrity: free + held != total" in result.stdout
 
 
@@ -164,7 +167,26 @@ def test_status_as_json(server: Served) -> None:
     report = json.loads(baton("status", "--json", "--address", server.address).stdout)
     assert report["health"] == "serving"
     assert report["model"]["name"] == "scripted"
-    assert report["workers"][0]["num_parked"] == 3
+    (worker,) = report["workers"]
+    assert worker["num_parked"] == 3
+    assert (worker["num_cache_hit_tokens"], worker["num_cache_queried_tokens"]) == (750, 1_000)
+    assert (worker["num_accepted_draft_tokens"], worker["num_draft_tokens"]) == (33, 40)
+    assert worker["num_swapped_out"] == 10
+
+
+@pytest.mark.parametrize(
+    ("unused", "line"),
+    [
+        ("num_draft_tokens", "d-0: tokens spared by prefix cache 750 of 1000 (75%)"),
+        ("num_cache_queried_tokens", "d-0: tokens spared by guesses 33 of 40 (82%)"),
+    ],
+)
+def test_status_has_no_share_of_nothing(server: Served, unused: str, line: str) -> None:
+    loads = server.frontend.current_loads
+    fresh = dataclasses.replace(loads.workers[0], **{unused: 0})
+    server.frontend.current_loads = dataclasses.replace(loads, workers=(fresh,))
+    result = baton("status", "--address", server.address)
+    assert line in result.stdout.splitlines()
 
 
 def test_chat_keeps_the_conversation_until_reset(server: Served) -> None:

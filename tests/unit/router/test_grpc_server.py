@@ -90,13 +90,14 @@ async def test_a_request_reaches_the_core_as_it_was_written(stub, frontend):
                 ),
                 priority=-4,
                 timeout_s=12.5,
+                cache_salt="mine alone",
             )
         )
     )
     (spec,) = frontend.specs
     assert (spec.request_id, spec.prompt_ids, spec.n) == ("mine", (1, 2, 3), 2)
     assert (spec.stop, spec.priority, spec.timeout_s) == (("END",), -4, 12.5)
-    assert spec.skip_special_tokens is False
+    assert (spec.skip_special_tokens, spec.cache_salt) == (False, "mine alone")
     sampling = spec.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (7, 0.0, 0.5)
     assert (sampling.top_k, sampling.seed, sampling.num_logprobs) == (3, 11, 0)
@@ -141,11 +142,19 @@ async def test_absent_fields_get_the_defaults(stub, frontend):
     assert spec.sampling.temperature == 1.0
     assert (spec.sampling.max_tokens, spec.sampling.num_logprobs) == (16, -1)
     assert spec.skip_special_tokens is True
+    assert spec.cache_salt == ""
+
+
+async def test_an_empty_salt_is_not_the_same_as_none(stub):
+    error = await failure(collected(stub.Generate(request("hello", cache_salt=""))))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert detail(error).param == "cache_salt"
 
 
 async def test_chat_goes_through_the_template(stub, frontend):
     messages = [pb.ChatMessage(role="user", content="hi")]
-    await collected(stub.Chat(pb.ChatRequest(messages=messages)))
+    await collected(stub.Chat(pb.ChatRequest(messages=messages, cache_salt="s")))
+    assert frontend.specs[0].cache_salt == "s"
     answer = await stub.Detokenize(pb.DetokenizeRequest(token_ids=frontend.specs[0].prompt_ids))
     assert answer.text == "user: hi\nassistant:"
 

@@ -158,6 +158,11 @@ async def test_metrics_show_the_workers_loads():
         found = await scrape(http)
         assert found[f"baton:kv_cache_usage_perc{worker}"] == pytest.approx(12 / 512)
         assert found[f"baton:num_preemptions_total{worker}"] == 4
+        assert found[f"baton:num_swapped_out_total{worker}"] == 10
+        assert found[f"baton:prefix_cache_queries_total{worker}"] == 1_000
+        assert found[f"baton:prefix_cache_hits_total{worker}"] == 750
+        assert found[f"baton:spec_decode_num_draft_tokens_total{worker}"] == 40
+        assert found[f"baton:spec_decode_num_accepted_tokens_total{worker}"] == 33
         assert found[f"baton:kv_received_bytes_total{worker}"] == 2**40
         assert found[f"baton:worker_integrity_errors{worker}"] == 1
         assert found["baton:num_requests_running"] == 0

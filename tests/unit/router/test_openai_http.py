@@ -429,6 +429,16 @@ async def test_every_sampling_field_reaches_the_core(client, frontend):
     )
 
 
+async def test_a_cache_salt_reaches_the_core(client, frontend):
+    salted = {"cache_salt": "mine alone"}
+    await client.completions.create(model=MODEL, prompt=["x", "y"], extra_body=salted)
+    await client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "x"}], extra_body=salted
+    )
+    await client.completions.create(model=MODEL, prompt="x", extra_body={"cache_salt": None})
+    assert [spec.cache_salt for spec in frontend.specs] == ["mine alone"] * 3 + [""]
+
+
 # --- echo and the prompt's log-probabilities
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -244,6 +245,17 @@ def test_choices_of_one_request_are_placed_apart_and_end_alone() -> None:
     router.idle()
 
 
+def test_a_cache_salt_goes_with_every_choice_and_every_attempt() -> None:
+    router = Router("m-0", "m-1")
+    said = router.dispatched(spec(n=2, cache_salt="mine"))
+    first, second = body_of(said), body_of(said, 1)
+    assert (first.tenant, second.tenant) == ("mine", "mine")
+    said = router(FromWorker(said[0].worker_id, failed(first, "worker_lost", True)), 1.0)
+    [again] = [i.message.body for i in said if isinstance(i.message, Dispatch)]
+    assert (again.attempt, again.tenant) == (1, "mine")
+    assert body_of(router.dispatched(spec("other"))).tenant == ""
+
+
 def test_a_retryable_failure_is_placed_elsewhere_with_what_is_there() -> None:
     router = Router("p-0", "p-1", "d-0", "d-1")
     [sent] = router.dispatched(spec())
@@ -395,6 +407,21 @@ def test_a_silent_worker_is_lost_and_a_report_keeps_it() -> None:
     assert router(FromWorker("m-0", report), 4.0) == []
     assert router(Tick(), 5.1) == [Disconnect("m-1")]
     assert [w.state for w in router.decider.loads(5.1).workers] == ["up", "down"]
+
+
+def test_what_a_worker_counts_stands_in_its_load_under_the_same_name() -> None:
+    router = Router("m-0")
+    names = {"worker_id": "m-0", "incarnation": "1", "role": "mixed", "kv_transport": "zeromq"}
+    numbers = {name: i for i, name in enumerate(LoadReport.__struct_fields__, start=1)}
+    report = LoadReport(**(numbers | names | {"integrity_errors": ("broken",)}))
+    router(FromWorker("m-0", report), 1.0)
+    [load] = router.decider.loads(1.5).workers
+    told = {f.name for f in dataclasses.fields(load)} & set(LoadReport.__struct_fields__)
+    assert {name: getattr(load, name) for name in told} == {
+        name: getattr(report, name) for name in told
+    }
+    untold = {"num_waiting_tokens", "block_size", "num_transfers"}
+    assert set(LoadReport.__struct_fields__) - told == untold
 
 
 def test_no_worker_for_long_fails_with_the_reason() -> None:

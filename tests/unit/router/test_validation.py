@@ -28,6 +28,7 @@ def test_defaults(validator):
     spec = validator.generate_spec(RawRequest(prompt="abc"))
     assert len(spec.prompt_ids) == 3
     assert (spec.n, spec.stop, spec.priority, spec.skip_special_tokens) == (1, (), 0, True)
+    assert spec.cache_salt == ""
     assert spec.timeout_s == RouterConfig().default_timeout_s
     sampling = spec.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (16, 1.0, 1.0)
@@ -54,11 +55,12 @@ def test_what_was_said_is_kept(validator):
         priority=-5,
         timeout_s=1.5,
         skip_special_tokens=False,
+        cache_salt="s" * limits.MAX_CACHE_SALT_CHARS,
     )
     spec = validator.generate_spec(raw)
     assert (spec.request_id, spec.prompt_ids, spec.n) == ("mine", (1, 511), 3)
     assert (spec.stop, spec.priority, spec.timeout_s) == (("a",), -5, 1.5)
-    assert spec.skip_special_tokens is False
+    assert (spec.skip_special_tokens, spec.cache_salt) == (False, "s" * 256)
     sampling = spec.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (254, 0.0, 0.25)
     assert (sampling.top_k, sampling.seed, sampling.num_logprobs) == (0, MAX_SEED - 2, 0)
@@ -101,6 +103,8 @@ def test_exactly_one_form_of_prompt(validator, raw):
         (RawRequest(messages=[ChatMessage("user", "\ud800")]), "messages[0].content"),
         (RawRequest(prompt="a", request_id="new\nline"), "request_id"),
         (RawRequest(prompt="a", request_id=""), "request_id"),
+        (RawRequest(prompt="a", cache_salt="\ud800"), "cache_salt"),
+        (RawRequest(prompt="a", cache_salt=b"x"), "cache_salt"),
     ],
 )
 def test_values_that_json_cannot_carry_are_refused_as_well(validator, raw, param):
@@ -108,6 +112,11 @@ def test_values_that_json_cannot_carry_are_refused_as_well(validator, raw, param
     with pytest.raises(InvalidRequest) as caught:
         validator.generate_spec(raw)
     assert caught.value.param == param
+
+
+def test_a_refused_salt_is_not_repeated(validator):
+    with pytest.raises(InvalidRequest, match="cache_salt has 300 characters; allowed: 1 to 256"):
+        validator.generate_spec(RawRequest(prompt="a", cache_salt="secret" * 50))
 
 
 def test_errors_show_values_shortened(validator):
