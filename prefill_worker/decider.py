@@ -97,6 +97,9 @@ class PrefillDecider:
         return len(self._jobs) + self._desk.num_streams
 
     def handle(self, event: object, now: float) -> list[object]:
+        return [*self._react(event, now), *self._jobs.deserted_grammars()]
+
+    def _react(self, event: object, now: float) -> list[object]:
         match event:
             case FromPeer(message=message, sender_id=sender_id):
                 return self._from_peer(sender_id, message, now)
@@ -110,10 +113,10 @@ class PrefillDecider:
                 assert self._plan is not None
                 failed = [i for f in result.failed for i in self._cannot_go_on(f, now)]
                 return [*failed, *self._book(self._plan, self._scheduler.complete(result), now)]
-            case StepRaised(reason):
-                return self._step_raised(reason, now)
-            case GrammarReady(constraint):
-                self._jobs.grammar_ready(constraint)
+            case StepRaised():
+                return self._step_raised(event, now)
+            case GrammarReady(constraint, compiled):
+                self._jobs.grammar_ready(constraint, compiled)
                 return []
             case GrammarFailed():
                 return self._grammar_failed(event)
@@ -236,17 +239,18 @@ class PrefillDecider:
 
     def _cannot_go_on(self, failed: FailedSequence, now: float) -> list[object]:
         """Before the step is booked: what was drawn for the sequence must not be."""
+        if failed.retryable:
+            self._jobs.doubt(failed.seq_id)
         if failed.seq_id not in self._jobs:
             return []
-        job = self._jobs[failed.seq_id]
-        said = self._desk.failed(job.body, failed.code, failed.message, retryable=False)
+        said = self._desk.cannot_go_on(self._jobs[failed.seq_id].body, failed)
         return [*self._drop(failed.seq_id, now), said]
 
-    def _step_raised(self, reason: str, now: float) -> list[object]:
+    def _step_raised(self, raised: StepRaised, now: float) -> list[object]:
         instructions: list[object] = []
         for seq_id, job in self._jobs.abandon_step():
             instructions += self._sender.cancel(seq_id, now)
-            instructions.append(self._desk.step_failed(job.body, reason))
+            instructions.append(self._desk.step_failed(job.body, seq_id, raised))
         return instructions
 
     # --- transfers and time -------------------------------------------------------------

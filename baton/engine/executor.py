@@ -33,6 +33,7 @@ from baton.engine.plan import FailedSequence, SampledToken, SequenceChunk, StepP
 from baton.engine.preemption import EngineRates
 from baton.engine.sampler import Sampler
 from baton.engine.sampling.drafts import kept_draws, rows_of
+from baton.engine.sampling.finite import NOT_FINITE, zero_bad_rows
 from baton.engine.sampling.prompt_logprobs import PromptScorer
 from baton.engine.step_inputs import StepInputs, StepShape, build_inputs
 from baton.engine.structured.grammar import Vocabulary
@@ -225,8 +226,8 @@ class Executor:
     def execute(self, plan: StepPlan) -> StepResult:
         """One forward step. Running the same plan again gives the same state and result.
 
-        Raises InternalError for a plan that cannot be run, and when a sequence's logits are not
-        finite: the error names it (``request_id``), and the others may be run again without it.
+        A sequence whose logits are not finite fails alone. Raises InternalError for a plan that
+        cannot be run; where one sequence is to blame, the error names it (``request_id``).
         """
         began = time.perf_counter()
         self._sampler.forget(plan.gone)
@@ -234,8 +235,10 @@ class Executor:
         sampling = [c for c in plan.chunks if c.samples]
         scorer = PromptScorer(plan.chunks)
         logits, (out_seconds, in_seconds) = self._run(plan, scorer.add)
-        prompt_logprobs = scorer.parts()
-        sampled, failed = self._sample(logits, sampling) if sampling else ((), ())
+        prompt_logprobs, failed = scorer.parts()
+        sampled, undrawn = self._sample(logits, sampling) if sampling else ((), ())
+        unscored = {f.seq_id for f in failed}
+        failed += tuple(f for f in undrawn if f.seq_id not in unscored)
         seconds = time.perf_counter() - began - out_seconds - in_seconds
         return StepResult(
             plan.step, sampled, seconds, prompt_logprobs, out_seconds, in_seconds, failed
@@ -321,16 +324,11 @@ class Executor:
     def _sample(
         self, logits: Tensor, chunks: Sequence[SequenceChunk]
     ) -> tuple[tuple[SampledToken, ...], tuple[FailedSequence, ...]]:
-        # The largest logit of a row is NaN when any of them is, and infinite on overflow.
-        sound = logits.amax(dim=-1).isfinite().tolist()
-        seq_ids = [c.seq_id for c in chunks for _ in range(1 + c.num_drafts)]
-        bad = [seq_id for seq_id, ok in zip(seq_ids, sound, strict=True) if not ok]
-        if bad:
-            raise InternalError(f"the logits of {', '.join(bad)} are not finite", request_id=bad[0])
+        bad = zero_bad_rows(logits)
         rows = [row for chunk in chunks for row in rows_of(chunk)]
         masks = self._masks.fill(rows)
         drawn = self._sampler.sample(logits, rows, masks)
-        return kept_draws(chunks, drawn, masks.errors)
+        return kept_draws(chunks, drawn, masks.errors | dict.fromkeys(bad, NOT_FINITE))
 
 
 def _dtype(name: str) -> torch.dtype:

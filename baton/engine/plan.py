@@ -102,11 +102,16 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class FailedSequence:
-    """A sequence that cannot go on, for a reason of its own. ``code``: of a BatonError."""
+    """A sequence that cannot go on. ``code``: of a BatonError.
+
+    retryable: the fault lies in what was computed and not in the request. Whoever shares its KV
+    may fail alike, and another worker may do better.
+    """
 
     seq_id: str
     code: str
     message: str
+    retryable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from baton.engine.plan import FailedSequence
 from baton.protocol.messages import (
     AnyMessage,
     RequestBody,
@@ -15,7 +16,7 @@ from baton.protocol.messages import (
     TokenAck,
     TokenItem,
 )
-from baton.worker.events import ToRouter
+from baton.worker.events import StepRaised, ToRouter
 from baton.worker.outbox import TokenOutbox
 from baton.worker.router_leases import RouterLeases
 
@@ -97,8 +98,20 @@ class RouterDesk:
             ),
         )
 
-    def step_failed(self, body: RequestBody, reason: str) -> ToRouter:
-        return self.failed(body, "internal", reason, retryable=True, suspect=self._worker_id)
+    def step_failed(self, body: RequestBody, seq_id: str, raised: StepRaised) -> ToRouter:
+        """Of a request in a step that raised. Where another one is to blame, it hears nothing of
+        that one, and this worker may take it again."""
+        if raised.seq_id in ("", seq_id):
+            reason, suspect = raised.message, self._worker_id
+        else:
+            reason, suspect = "the engine step raised because of another request in it", ""
+        return self.failed(body, "internal", reason, retryable=True, suspect=suspect)
+
+    def cannot_go_on(self, body: RequestBody, failed: FailedSequence) -> ToRouter:
+        suspect = self._worker_id if failed.retryable else ""
+        return self.failed(
+            body, failed.code, failed.message, retryable=failed.retryable, suspect=suspect
+        )
 
     def late(self, body: RequestBody) -> ToRouter:
         reason = f"the deadline passed in the {self._role} worker"

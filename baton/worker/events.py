@@ -32,7 +32,10 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class StepRaised:
+    """``seq_id``: the sequence to blame, where the error names one."""
+
     message: str
+    seq_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,12 @@ from baton.engine.plan import StepPlan, StepResult
 from baton.engine.structured.store import GrammarStore
 from baton.messaging.server import MessageServer, Peer
 from baton.protocol.clock import Clock
-from baton.protocol.errors import RankLost
+from baton.protocol.errors import BatonError, RankLost
 from baton.protocol.messages import AnyMessage, Hello, HelloReply
 from baton.worker.events import (
     CompileGrammar,
     Decider,
+    ForgetGrammar,
     FromPeer,
     RunStep,
     ShellFacts,
@@ -100,6 +101,8 @@ class WorkerShell:
                     self._server.send_to(router_id, message)
                 case CompileGrammar(constraint):
                     self._grammars.request(constraint)
+                case ForgetGrammar(constraint):
+                    self._grammars.forget(constraint)
                 case RunStep(plan):
                     self._plans.put_nowait(plan)
                 case _:
@@ -124,8 +127,7 @@ class WorkerShell:
                 raise
             except Exception as exc:
                 # Whatever else a step raises costs the requests of that step and nothing else.
-                log.exception("step %d raised", plan.step)
-                self.feed(StepRaised(f"the engine step raised {type(exc).__name__}: {exc}"))
+                self.feed(_raised(plan, exc))
             else:
                 self.feed(StepDone(result))
 
@@ -136,3 +138,9 @@ class WorkerShell:
             report = self._decider.report(self._facts())
             for router in self._server.peers("router"):
                 self._server.send(router.key, report)
+
+
+def _raised(plan: StepPlan, exc: Exception) -> StepRaised:
+    seq_id = (exc.request_id or "") if isinstance(exc, BatonError) else ""
+    log.error("step %d raised; to blame: %s", plan.step, seq_id or "unknown", exc_info=exc)
+    return StepRaised(f"the engine step raised {type(exc).__name__}: {exc}", seq_id)

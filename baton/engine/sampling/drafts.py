@@ -46,7 +46,9 @@ def kept_draws(
         for count in range(chunk.num_drafts + 1):
             error = errors.get(row + count)
             if error is not None:
-                failed.append(FailedSequence(chunk.seq_id, error.code, error.message))
+                failed.append(
+                    FailedSequence(chunk.seq_id, error.code, error.message, error.retryable)
+                )
             token = drawn[row + count]
             kept.append(token)
             if error is not None or count == len(drafts) or token.token_id != drafts[count]:

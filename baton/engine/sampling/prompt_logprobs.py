@@ -8,9 +8,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from baton.engine.plan import PromptLogprobs, SequenceChunk
+from baton.engine.plan import FailedSequence, PromptLogprobs, SequenceChunk
+from baton.engine.sampling.finite import NOT_FINITE, zero_bad_rows
 from baton.engine.sampling.logprobs import token_logprobs
-from baton.protocol.errors import InternalError
 from baton.protocol.sampling import TokenLogprobs
 
 
@@ -32,7 +32,8 @@ class PromptScorer:
         self._token_ids: list[int] = []
         self._num_best: list[int] = []
         self._seq_ids: list[str] = []
-        self._bad = ""
+        self._bad: dict[str, None] = {}
+        """Sequences of which a row is not finite."""
         for c in self._chunks:
             end = c.start + len(c.token_ids)
             self._token_ids += c.token_ids[1:] + (() if c.samples else c.prompt_ids[end : end + 1])
@@ -40,23 +41,25 @@ class PromptScorer:
             self._seq_ids += [c.seq_id] * num_scored(c)
 
     def add(self, logits: Tensor) -> None:
-        """logits: ``[P, V]`` float32. Raises nothing: other ranks are in the same step."""
+        """logits: ``[P, V]`` float32; rows that are not finite are changed in place. Raises
+        nothing: other ranks are in the same step."""
         rows = slice(len(self._found), len(self._found) + len(logits))
-        sound = logits.amax(dim=-1).isfinite().tolist()
-        if not all(sound):
-            self._bad = self._bad or self._seq_ids[rows][sound.index(False)]
+        self._bad |= {self._seq_ids[rows][row]: None for row in zero_bad_rows(logits)}
         token_ids = torch.tensor(self._token_ids[rows], device=logits.device)
         self._found += token_logprobs(logits.log_softmax(dim=-1), token_ids, self._num_best[rows])
 
-    def parts(self) -> tuple[PromptLogprobs, ...]:
-        """One per chunk that asked, in the plan's order.
-
-        Raises InternalError that names a sequence whose logits are not finite.
-        """
-        if self._bad:
-            raise InternalError(f"the logits of {self._bad} are not finite", request_id=self._bad)
+    def parts(self) -> tuple[tuple[PromptLogprobs, ...], tuple[FailedSequence, ...]]:
+        """One per chunk that asked, in the plan's order: what was found, and whose logits were
+        not finite."""
         found = iter(self._found)
-        return tuple(
+        parts = [
             PromptLogprobs(c.seq_id, c.start + 1, tuple(islice(found, num_scored(c))))
             for c in self._chunks
+        ]
+        return (
+            tuple(part for part in parts if part.seq_id not in self._bad),
+            tuple(
+                FailedSequence(seq_id, NOT_FINITE.code, NOT_FINITE.message, NOT_FINITE.retryable)
+                for seq_id in self._bad
+            ),
         )

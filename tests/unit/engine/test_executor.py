@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from msgspec.structs import replace
 from baton.engine.executor import Executor
 from baton.engine.kernels.compiled.build import CannotCompile
 from baton.engine.models import backends, decoder
-from baton.engine.plan import SequenceChunk, StepPlan
+from baton.engine.plan import SampledToken, SequenceChunk, StepPlan
+from baton.engine.sampling.drafts import kept_draws
 from baton.engine.sampling.draw import draw_tokens
+from baton.engine.sampling.finite import NOT_FINITE, zero_bad_rows
 from baton.protocol.errors import ConfigError, InternalError
 from baton.protocol.sampling import SamplingParams, TokenLogprobs
 from tests.support.tiny_checkpoint import TINY_LLAMA, TINY_MISTRAL, write_checkpoint
@@ -189,16 +192,40 @@ def test_the_cut_into_steps_does_not_change_a_draw(llama: Path) -> None:
     assert last.sampled == whole.sampled
 
 
-def test_logits_that_are_not_finite_name_the_sequence(llama: Path) -> None:
+def test_logits_that_are_not_finite_cost_their_own_sequence(llama: Path) -> None:
+    """Of three that begin, go on or wait behind drafts, one reads KV that is NaN."""
+    sampled = SamplingParams(temperature=1.0, seed=5, num_logprobs=2)
+    begins = chunk(PROMPT[:4], 0, (0,), seq_id="begins", sampling=sampled)
+    guesses = replace(chunk(PROMPT[:12], 0, (3, 4), seq_id="guesses"), num_drafts=3)
+    alone = [load(llama).execute(StepPlan(0, (c,))) for c in (begins, guesses)]
     executor = load(llama)
-    good = chunk(PROMPT[:4], 0, (0,), seq_id="good")
-    bad = chunk(PROMPT[:1], 8, (1, 2), seq_id="bad")
     poison(executor)
-    with pytest.raises(InternalError, match="logits of bad are not finite") as caught:
-        executor.execute(StepPlan(0, (good, bad)))
-    assert caught.value.request_id == "bad"
-    alone = load(llama).execute(StepPlan(0, (good,)))
-    assert executor.execute(StepPlan(1, (good,))).sampled == alone.sampled
+    bad = chunk(PROMPT[:1], 8, (1, 2), seq_id="bad", sampling=sampled)
+    result = executor.execute(StepPlan(0, (begins, bad, guesses)))
+    [failed] = result.failed
+    assert (failed.seq_id, failed.code, failed.retryable) == ("bad", "internal", True)
+    assert "not finite" in failed.message
+    others = tuple(t for t in result.sampled if t.seq_id != "bad")
+    assert [(t.seq_id, t.token_id) for t in others] == [
+        (t.seq_id, t.token_id) for one in alone for t in one.sampled
+    ]
+    assert all(token.logprobs is None or math.isfinite(token.logprobs.logprob) for token in others)
+
+
+def test_a_draft_row_that_is_not_finite_counts_where_the_draft_is_right() -> None:
+    drafted = replace(chunk((7, 8, 9), 0, (0,), seq_id="s"), num_drafts=2)
+    errors = {1: NOT_FINITE}
+    right = tuple(SampledToken("s", token_id) for token_id in (8, 0, 0))
+    wrong = tuple(SampledToken("s", token_id) for token_id in (1, 0, 0))
+    assert [f.retryable for f in kept_draws([drafted], right, errors)[1]] == [True]
+    assert kept_draws([drafted], wrong, errors) == (wrong[:1], ())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_row_is_bad_where_one_logit_is(value: str) -> None:
+    logits = torch.tensor([[1.0, float("-inf")], [0.5, float(value)], [float("-inf")] * 2])
+    assert zero_bad_rows(logits) == [1, 2]
+    assert logits.tolist() == [[1.0, float("-inf")], [0.0, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -277,13 +304,34 @@ def test_prompt_logprobs_do_not_notice_the_chunks(
         assert [t.logprob for t in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_prompt_logprobs_that_are_not_finite_name_their_sequence(llama: Path) -> None:
+def test_prompt_logprobs_that_are_not_finite_cost_their_own_sequence(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a bad row and good ones are scored in one piece, and its draw is bad too."""
+    monkeypatch.setattr(decoder, "SCORED_ROWS_AT_ONCE", 7)
+
+    def asking(seq_id: str, start: int, table: tuple[int, ...], *, samples: bool) -> SequenceChunk:
+        tokens = PROMPT[start : start + 12]
+        bare = chunk(tokens, start, table, samples=samples, seq_id=seq_id)
+        return replace(bare, prompt_ids=PROMPT[: start + 12], num_prompt_logprobs=2)
+
+    well = asking("well", 0, (4, 5), samples=True)
+    alone = load(llama).execute(StepPlan(0, (well,)))
     executor = load(llama)
     poison(executor)
-    asking = replace(
-        chunk(PROMPT[8:20], 8, (0, 1, 2), samples=False, seq_id="sick"),
-        prompt_ids=PROMPT,
-        num_prompt_logprobs=0,
+    sick = asking("sick", 8, (0, 1, 2), samples=True)
+    unfinished = replace(asking("unfinished", 8, (6, 7, 8), samples=False), prompt_ids=PROMPT)
+    result = executor.execute(StepPlan(0, (sick, unfinished, well)))
+    assert [(f.seq_id, f.retryable) for f in result.failed] == [
+        ("sick", True),
+        ("unfinished", True),
+    ]
+    [part] = result.prompt_logprobs
+    [expected] = alone.prompt_logprobs
+    assert (part.seq_id, part.start) == ("well", 1)
+    assert [one.logprob for one in part.logprobs] == pytest.approx(
+        [one.logprob for one in expected.logprobs], abs=1e-4
     )
-    with pytest.raises(InternalError, match="sick"):
-        executor.execute(StepPlan(0, (asking,)))
+    assert [t.token_id for t in result.sampled if t.seq_id == "well"] == [
+        t.token_id for t in alone.sampled
+    ]
