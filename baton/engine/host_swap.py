@@ -14,13 +14,15 @@ from baton.engine.sequence import Sequence
 
 
 class HostSwap:
-    """block_bytes: of one KV block, all layers."""
+    """block_bytes: of one KV block, all layers. num_layers: of the model."""
 
-    def __init__(self, pool: BlockPool, num_host_blocks: int, block_bytes: int) -> None:
+    def __init__(
+        self, pool: BlockPool, num_host_blocks: int, block_bytes: int, num_layers: int = 1
+    ) -> None:
         self._pool = pool
         self._host = BlockPool(num_host_blocks, pool.block_size)
         self._block_bytes = block_bytes
-        self._meter = RateMeter(EngineRates(), block_bytes)
+        self._meter = RateMeter(EngineRates(), block_bytes, num_layers)
         self._leaving: list[Sequence] = []
         self._leaving_blocks: dict[str, list[int]] = {}
         self._reusable: list[tuple[str, int]] = []

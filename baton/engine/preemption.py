@@ -41,25 +41,35 @@ def swap_is_cheaper(num_tokens: int, num_bytes: int, rates: EngineRates) -> bool
 
 
 class RateMeter:
-    """Keeps ``EngineRates`` up to date from the steps that a worker runs."""
+    """Keeps ``EngineRates`` up to date from the steps that a worker runs. block_bytes: of one KV
+    block, all layers; num_layers: of the model."""
 
-    def __init__(self, rates: EngineRates, block_bytes: int) -> None:
+    def __init__(self, rates: EngineRates, block_bytes: int, num_layers: int = 1) -> None:
         self.rates = rates
         self._block_bytes = block_bytes
+        self._num_layers = num_layers
 
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Only steps that are mostly prefill say what prefill costs."""
         rates = self.rates
         num_chunks = len(plan.chunks)
-        num_tokens = plan.num_tokens - sum(c.num_drafts for c in plan.chunks)
+        num_tokens = self._whole_tokens(plan)
         prefill = rates.prefill_seconds_per_token
-        if num_tokens >= 2 * num_chunks and num_tokens > num_chunks and result.compute_seconds > 0:
+        if num_tokens >= 2 * num_chunks > 0 and result.compute_seconds > 0:
             prefill = _mean(prefill, result.compute_seconds / num_tokens)
         self.rates = EngineRates(
             prefill,
             self._copied(rates.swap_out_bytes_per_second, plan.swap_out, result.swap_out_seconds),
             self._copied(rates.swap_in_bytes_per_second, plan.swap_in, result.swap_in_seconds),
         )
+
+    def _whole_tokens(self, plan: StepPlan) -> float:
+        """A token that runs through some of the layers counts for their share of all."""
+        all_layers = self._num_layers
+        passes = sum(
+            (len(c.token_ids) - c.num_drafts) * (c.num_layers or all_layers) for c in plan.chunks
+        )
+        return passes / all_layers
 
     def _copied(self, rate: float, swaps: tuple[object, ...], seconds: float) -> float:
         if not swaps or seconds <= 0:

@@ -39,7 +39,7 @@ class Scheduler:
 
     Blocks of a sequence dropped meanwhile stay its own until ``complete``: the engine may
     still be writing to them. block_bytes: of one KV block, all layers (for ``swap_blocks``).
-    num_layers: of the model (for ``prefill_mode: layered``).
+    num_layers: of the model (for ``prefill_mode: layered`` and what a step of it costs).
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class Scheduler:
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._cache = PrefixCache(pool) if config.prefix_cache else None
-        self._swap = HostSwap(pool, config.swap_blocks, block_bytes) if config.swap_blocks else None
+        self._swap: HostSwap | None = None
+        if config.swap_blocks:
+            self._swap = HostSwap(pool, config.swap_blocks, block_bytes, num_layers)
         self._here = Residents(pool, self._cache, self._swap, self._stopped)
         self._waiting, self._running = self._here.waiting, self._here.running
         self._speculator: Speculator | None = None
