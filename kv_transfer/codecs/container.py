@@ -132,7 +132,7 @@ class StreamWriter:
         assert 0 <= num_bytes <= self._header.layer_bytes, num_bytes
         place = len(self._packed) + self._num_done * _ENTRY.size
         word = num_bytes | form << _FORM_SHIFT
-        data = memoryview(self._buffer)[self._end : self._end + num_bytes]
+        data = self._buffer.data[self._end : self._end + num_bytes]
         check = checksum_of(data, _seed(self._seed, self._num_done, word))
         _ENTRY.pack_into(self._buffer.data, place, word, check)
         end = self._end + num_bytes
@@ -148,7 +148,7 @@ class StreamWriter:
 
     def finish(self) -> memoryview:
         assert self._num_done == self._header.num_layers, self._num_done
-        return memoryview(self._buffer)[: self._end]
+        return self._buffer.data[: self._end]
 
 
 def read_header(stream: Bytes) -> StreamHeader:
