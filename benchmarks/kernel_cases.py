@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from baton.engine.kernels.paged_decode_attention import SPLIT_TOKENS
 from baton.engine.kernels.registry import Kernels
 
 
@@ -123,33 +124,38 @@ class CaseMaker:
         return Case("paged_prefill_attention", shape, run, num_bytes, flops, target)
 
     def shared_prefix(self) -> Case:
+        """One group of all rows but the last, whose prefix is their own copy of the same length."""
         s = self._sizes
-        suffixes = self._cache(s.batch, s.suffix)
-        num_prefix_blocks = s.context // s.block_size
-        prefix = self._cache(1, num_prefix_blocks * s.block_size)
-        key_blocks = torch.cat((suffixes.key_blocks, prefix.key_blocks))
-        value_blocks = torch.cat((suffixes.value_blocks, prefix.value_blocks))
-        table = prefix.tables[0] + len(suffixes.key_blocks)
-        lengths = suffixes.lengths + num_prefix_blocks * s.block_size
+        prefix_len = s.context // SPLIT_TOKENS * SPLIT_TOKENS
+        cache = self._cache(s.batch, prefix_len + s.suffix)
+        grouped = s.batch - 1
+        num_shared = prefix_len // s.block_size
+        cache.tables[:grouped, :num_shared] = cache.tables[0, :num_shared]
+        members = torch.arange(grouped, dtype=torch.int32, device=self._device)
+        bounds = torch.tensor([0, grouped], dtype=torch.int32, device=self._device)
+        prefix_lens = torch.full_like(cache.lengths, prefix_len)
+        prefix_lens[grouped:] = 0
         q = self._randn(s.batch, s.heads, s.head_dim)
 
         def run() -> Tensor:
             return self._kernels.shared_prefix_decode_attention(
                 q,
-                key_blocks,
-                value_blocks,
-                table,
-                suffixes.tables,
-                lengths,
+                cache.key_blocks,
+                cache.value_blocks,
+                cache.tables,
+                cache.lengths,
+                prefix_lens,
+                members,
+                bounds,
                 scale=s.head_dim**-0.5,
                 soft_cap=None,
             )
 
-        num_tokens = s.context + s.batch * s.suffix
-        flops = 4 * s.batch * s.heads * s.head_dim * (s.context + s.suffix)
+        num_tokens = 2 * prefix_len + s.batch * s.suffix
+        flops = 4 * s.batch * s.heads * s.head_dim * (prefix_len + s.suffix)
         return Case(
             "shared_prefix_decode_attention",
-            f"batch {s.batch}, prefix {s.context:,}, suffixes {s.suffix}",
+            f"batch {s.batch}, prefix {prefix_len:,} of {grouped}, suffixes {s.suffix}",
             run,
             2 * num_tokens * self._kv_row_bytes + 2 * _bytes(q),
             flops,

@@ -117,7 +117,9 @@ def attention(
         q, *kv, tables[:1], zeros(2), lengths[:1], window=window, **masks
     )
     if window is None:
-        TRITON.shared_prefix_decode_attention(q, *kv, zeros(4), tables, lengths, **masks)
+        TRITON.shared_prefix_decode_attention(
+            q, *kv, tables, lengths, lengths, lengths, zeros(2), **masks
+        )
 
 
 def variants() -> Iterator[str]:

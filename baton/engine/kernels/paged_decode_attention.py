@@ -16,6 +16,7 @@ from torch import Tensor
 
 from baton.engine.kernels.jit import INTERPRETED, jit_sizes, power_of_two, tl
 from baton.engine.kernels.online_softmax import score_factors, scores_log2, softmax_step
+from baton.engine.kernels.paged_tiles import load_kv
 from baton.engine.kernels.split_merge import Partials, merge_splits
 
 SPLIT_TOKENS = 512
@@ -99,21 +100,12 @@ def paged_decode_attention_triton(
         value_blocks,
         block_tables,
         context_lens,
-        first_split=0,
-        prefix_len=0,
+        None,
         scale=scale,
         window=window,
         soft_cap=soft_cap,
     )
-    return merge_splits(
-        partials,
-        q,
-        context_lens,
-        split_tokens=SPLIT_TOKENS,
-        num_prefix_splits=0,
-        prefix_len=0,
-        window=window,
-    )
+    return merge_splits(partials, q, context_lens, split_tokens=SPLIT_TOKENS, window=window)
 
 
 def decode_splits(
@@ -123,18 +115,17 @@ def decode_splits(
     value_blocks: Tensor,
     block_tables: Tensor,
     context_lens: Tensor,
+    prefix_lens: Tensor | None,
     *,
-    first_split: int,
-    prefix_len: int,
     scale: float,
     window: int | None,
     soft_cap: float | None,
 ) -> None:
-    """Fill ``partials`` from split ``first_split`` on: every row's keys ``prefix_len ..``, whose
-    first block is the first of ``block_tables``. Splits without a visible key are not written."""
+    """Fill ``partials``, but for splits without a visible key and, with ``prefix_lens`` (``[B]``
+    int32, multiples of ``SPLIT_TOKENS``), those of a row's first so many keys."""
     num_rows, num_heads, head_dim = q.shape
     block_size, num_kv_heads = key_blocks.shape[1:3]
-    num_splits = partials.num_splits - first_split
+    num_splits = partials.num_splits
     if num_rows == 0 or num_splits == 0:
         return
     assert q.stride(2) == 1
@@ -152,12 +143,11 @@ def decode_splits(
         value_blocks,
         block_tables,
         context_lens,
+        context_lens if prefix_lens is None else prefix_lens,
         inner,
         outer,
         window or 0,
-        prefix_len,
-        first_split,
-        partials.num_splits,
+        num_splits,
         q.stride(0),
         q.stride(1),
         block_tables.stride(0),
@@ -170,6 +160,7 @@ def decode_splits(
         BLOCK_M=power_of_two(group, least=16),
         BLOCK_N=BLOCK_N_FLOAT32 if q.dtype == torch.float32 else BLOCK_N,
         BLOCK_D=power_of_two(head_dim, least=16),
+        HAS_PREFIX=prefix_lens is not None,
         HAS_WINDOW=window is not None,
         HAS_CAP=soft_cap is not None,
         DOT_IN_FP32=INTERPRETED,
@@ -180,11 +171,9 @@ def decode_splits(
 
 @jit_sizes(
     "window",
-    "prefix_len",
-    "first_split",
     "num_splits",
     "table_stride",
-    tables=("tables_ptr", "context_ptr"),
+    tables=("tables_ptr", "context_ptr", "prefix_ptr"),
 )
 def _decode_split_kernel(
     mixed_ptr: tl.tensor,
@@ -195,11 +184,10 @@ def _decode_split_kernel(
     value_ptr: tl.tensor,
     tables_ptr: tl.tensor,
     context_ptr: tl.tensor,
+    prefix_ptr: tl.tensor,
     inner: tl.tensor,
     outer: tl.tensor,
     window: tl.tensor,
-    prefix_len: tl.tensor,
-    first_split: tl.tensor,
     num_splits: tl.tensor,
     q_row_stride: tl.tensor,
     q_head_stride: tl.tensor,
@@ -213,6 +201,7 @@ def _decode_split_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     DOT_IN_FP32: tl.constexpr,
@@ -224,9 +213,11 @@ def _decode_split_kernel(
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    num_keys = tl.load(context_ptr + row) - prefix_len
     first = split * SPLIT
+    num_keys = tl.load(context_ptr + row)
     stop = tl.minimum(first + SPLIT, num_keys)
+    if HAS_PREFIX:
+        stop = tl.where(first < tl.load(prefix_ptr + row), first, stop)
     begin = first
     if HAS_WINDOW:
         begin = tl.maximum(first, num_keys - window)
@@ -246,25 +237,22 @@ def _decode_split_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     table = tables_ptr + row * table_stride
+    key_ptr += kv_head * HEAD_DIM
+    value_ptr += kv_head * HEAD_DIM
     # Each tile holds a visible key: the first one holds ``begin``, the others their own first.
     for tile in range(first + (begin - first) // BLOCK_N * BLOCK_N, stop, BLOCK_N):
         keys = tile + tl.arange(0, BLOCK_N)
         seen = (keys >= begin) & (keys < stop)
-        blocks = tl.load(table + keys // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-        tokens = blocks * BLOCK_SIZE + keys % BLOCK_SIZE
-        places = (tokens * NUM_KV_HEADS + kv_head) * HEAD_DIM
-        k_mask = seen[None, :] & in_head[:, None]
-        k = tl.load(key_ptr + places[None, :] + columns[:, None], mask=k_mask, other=0.0)
-        v_mask = seen[:, None] & in_head[None, :]
-        v = tl.load(value_ptr + places[:, None] + columns[None, :], mask=v_mask, other=0.0)
-        if DOT_IN_FP32:
-            k, v = k.to(tl.float32), v.to(tl.float32)
+        k, v = load_kv(
+            key_ptr, value_ptr, table, keys, seen,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_D, True, DOT_IN_FP32,
+        )  # fmt: skip
         scores = scores_log2(tl.dot(q, k, input_precision="ieee"), inner, outer, HAS_CAP)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         weights, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, False)
         mixed = tl.dot(weights.to(v.dtype), v, mixed * factor[:, None], input_precision="ieee")
 
-    parts = (row * NUM_HEADS + heads) * num_splits + first_split + split
+    parts = (row * NUM_HEADS + heads) * num_splits + split
     tl.store(max_ptr + parts, row_max, mask=in_group)
     tl.store(sum_ptr + parts, row_sum, mask=in_group)
     part_places = mixed_ptr + parts[:, None] * HEAD_DIM + columns[None, :]

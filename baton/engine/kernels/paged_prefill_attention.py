@@ -20,6 +20,7 @@ from torch import Tensor
 from baton.engine.kernels.jit import INTERPRETED, jit, jit_sizes, power_of_two, tl
 from baton.engine.kernels.online_softmax import score_factors, scores_log2, softmax_step
 from baton.engine.kernels.paged_decode_attention import attend_row_tile, rows_of
+from baton.engine.kernels.paged_tiles import load_kv
 from baton.engine.kernels.segments import find_segment
 
 
@@ -262,28 +263,13 @@ def _fold_keys(
     DOT_IN_FP32: tl.constexpr,
 ) -> Any:
     """Keys ``begin .. end - 1`` in tiles; ``num_keys`` and what follows is never read."""
-    columns = tl.arange(0, BLOCK_D)
-    in_head = columns < HEAD_DIM
     for tile in range(begin, end, BLOCK_N):
         keys = tile + tl.arange(0, BLOCK_N)
-        if MASKED:
-            stored = keys < num_keys
-            blocks = tl.load(table + keys // BLOCK_SIZE, mask=stored, other=0)
-        else:
-            stored = tl.full((BLOCK_N,), True, tl.int1)
-            blocks = tl.load(table + keys // BLOCK_SIZE)
-        places = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
-        places *= NUM_KV_HEADS * HEAD_DIM
-        k_places = key_ptr + places[None, :] + columns[:, None]
-        v_places = value_ptr + places[:, None] + columns[None, :]
-        if MASKED or BLOCK_D > HEAD_DIM:
-            k = tl.load(k_places, mask=stored[None, :] & in_head[:, None], other=0.0)
-            v = tl.load(v_places, mask=stored[:, None] & in_head[None, :], other=0.0)
-        else:
-            k = tl.load(k_places)
-            v = tl.load(v_places)
-        if DOT_IN_FP32:
-            k, v = k.to(tl.float32), v.to(tl.float32)
+        stored = keys < num_keys if MASKED else tl.full((BLOCK_N,), True, tl.int1)
+        k, v = load_kv(
+            key_ptr, value_ptr, table, keys, stored,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_D, MASKED, DOT_IN_FP32,
+        )  # fmt: skip
         scores = scores_log2(tl.dot(q, k, input_precision="ieee"), inner, outer, HAS_CAP)
         if MASKED:
             visible = keys[None, :] <= positions[:, None]

@@ -1,16 +1,21 @@
-"""Decode attention of sequences that begin with the same blocks (Hydragen, arXiv 2402.05099).
+"""Decode attention of sequences of which some begin alike (Hydragen, arXiv 2402.05099).
 
-The common prefix is read once for all rows instead of once per row; each row's own suffix is
-attended to as usual, and the two parts are merged by their log-sum-exps.
+A common prefix is read once for all rows of its group instead of once per row: their queries are
+the rows of one product. Each row's other keys are attended to as usual, and a row's parts are
+merged by their log-sum-exps. Rows of no group come along in the same launches.
 
-q: ``[B, H, D]``. key_blocks, value_blocks: ``[N, BS, K, D]``, contiguous. prefix_table: ``[P]``
-int32, whole blocks that all B sequences share. block_tables: ``[B, M]`` int32, the blocks after
-the prefix. context_lens: ``[B]`` int32, all tokens, prefix and query included, and so above
-``P * BS``; 0 marks a padding row, whose result is 0. scale and soft_cap as in
-``paged_decode_attention``. Returns ``[B, H, D]`` in q's dtype.
+q, key_blocks, value_blocks, block_tables (whole ones, the prefix included), context_lens, scale,
+soft_cap and the result as in ``paged_decode_attention``, of which every row's result is a rounding
+apart. prefix_lens: ``[B]`` int32, the tokens that a row's group reads for it: a multiple of
+``SPLIT_TOKENS`` and below its context, the same for all rows of a group; 0 for a row of none.
+group_rows: ``[R]`` int32, the groups' rows one group after the other; a row is in one group at
+most. group_starts: ``[G + 1]`` int32, where each group begins in ``group_rows``; the last entry is
+R at most, and a group may be empty. The block table of a group's first row serves all of it.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +27,8 @@ from baton.engine.kernels.paged_decode_attention import (
     decode_splits,
     paged_decode_attention_reference,
 )
+from baton.engine.kernels.paged_tiles import load_kv
+from baton.engine.kernels.segments import find_segment
 from baton.engine.kernels.split_merge import Partials, merge_splits
 
 BLOCK_M = 64
@@ -35,19 +42,26 @@ def shared_prefix_decode_attention_reference(
     q: Tensor,
     key_blocks: Tensor,
     value_blocks: Tensor,
-    prefix_table: Tensor,
     block_tables: Tensor,
     context_lens: Tensor,
+    prefix_lens: Tensor,
+    group_rows: Tensor,
+    group_starts: Tensor,
     *,
     scale: float,
     soft_cap: float | None,
 ) -> Tensor:
-    prefixes = prefix_table[None].expand(len(q), -1)
+    tables, block_size = block_tables.clone(), key_blocks.shape[1]
+    for first, stop in pairwise(group_starts.tolist()):
+        if first < stop:
+            rows = group_rows[first:stop].long()
+            num_blocks = -(-int(prefix_lens[rows[0]]) // block_size)
+            tables[rows, :num_blocks] = tables[rows[0], :num_blocks]
     return paged_decode_attention_reference(
         q,
         key_blocks,
         value_blocks,
-        torch.cat((prefixes, block_tables), dim=1),
+        tables,
         context_lens,
         scale=scale,
         window=None,
@@ -59,20 +73,28 @@ def shared_prefix_decode_attention_triton(
     q: Tensor,
     key_blocks: Tensor,
     value_blocks: Tensor,
-    prefix_table: Tensor,
     block_tables: Tensor,
     context_lens: Tensor,
+    prefix_lens: Tensor,
+    group_rows: Tensor,
+    group_starts: Tensor,
     *,
     scale: float,
     soft_cap: float | None,
 ) -> Tensor:
-    block_size = key_blocks.shape[1]
-    prefix_len = len(prefix_table) * block_size
-    num_prefix_splits = -(-prefix_len // SPLIT_TOKENS)
-    num_suffix_splits = -(-block_tables.shape[1] * block_size // SPLIT_TOKENS)
-    partials = Partials.empty(q, num_splits=num_prefix_splits + num_suffix_splits)
+    num_tokens = block_tables.shape[1] * key_blocks.shape[1]
+    partials = Partials.empty(q, num_splits=-(-num_tokens // SPLIT_TOKENS))
     _prefix_splits(
-        partials, q, key_blocks, value_blocks, prefix_table, scale=scale, soft_cap=soft_cap
+        partials,
+        q,
+        key_blocks,
+        value_blocks,
+        block_tables,
+        prefix_lens,
+        group_rows,
+        group_starts,
+        scale=scale,
+        soft_cap=soft_cap,
     )
     decode_splits(
         partials,
@@ -81,21 +103,12 @@ def shared_prefix_decode_attention_triton(
         value_blocks,
         block_tables,
         context_lens,
-        first_split=num_prefix_splits,
-        prefix_len=prefix_len,
+        prefix_lens,
         scale=scale,
         window=None,
         soft_cap=soft_cap,
     )
-    return merge_splits(
-        partials,
-        q,
-        context_lens,
-        split_tokens=SPLIT_TOKENS,
-        num_prefix_splits=num_prefix_splits,
-        prefix_len=prefix_len,
-        window=None,
-    )
+    return merge_splits(partials, q, context_lens, split_tokens=SPLIT_TOKENS, window=None)
 
 
 def _prefix_splits(
@@ -103,44 +116,55 @@ def _prefix_splits(
     q: Tensor,
     key_blocks: Tensor,
     value_blocks: Tensor,
-    prefix_table: Tensor,
+    block_tables: Tensor,
+    prefix_lens: Tensor,
+    group_rows: Tensor,
+    group_starts: Tensor,
     *,
     scale: float,
     soft_cap: float | None,
 ) -> None:
-    num_rows, num_heads, head_dim = q.shape
+    """Fill those splits of ``partials`` that lie in the prefix of a row's group."""
+    num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = key_blocks.shape[1:3]
-    prefix_len = len(prefix_table) * block_size
-    if num_rows == 0 or prefix_len == 0:
+    num_groups, num_rows = len(group_starts) - 1, len(group_rows)
+    if num_rows == 0 or num_groups < 1 or partials.num_splits == 0:
         return
     assert q.stride(2) == 1
     assert key_blocks.is_contiguous()
     assert value_blocks.is_contiguous()
+    assert block_tables.stride(1) == 1
     inner, outer = score_factors(scale, soft_cap)
     group = num_heads // num_kv_heads
-    tiles = -(-num_rows * group // BLOCK_M)
-    _prefix_split_kernel[(tiles, num_kv_heads, -(-prefix_len // SPLIT_TOKENS))](
+    products = power_of_two(group, least=BLOCK_M)
+    # As many tiles as find_segment says are enough, known without asking the device.
+    grid = (num_rows // (products // group) + num_groups, num_kv_heads, partials.num_splits)
+    _prefix_split_kernel[grid](
         partials.mixed,
         partials.row_max,
         partials.row_sum,
         q,
         key_blocks,
         value_blocks,
-        prefix_table,
+        block_tables,
+        prefix_lens,
+        group_rows,
+        group_starts,
+        num_groups,
         inner,
         outer,
-        num_rows,
-        prefix_len,
         partials.num_splits,
         q.stride(0),
         q.stride(1),
+        block_tables.stride(0),
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         SPLIT=SPLIT_TOKENS,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=products,
+        BLOCK_Q=products // group,
         BLOCK_N=NARROW_BLOCK_N if q.dtype == torch.float32 or head_dim > 128 else BLOCK_N,
         BLOCK_D=power_of_two(head_dim, least=16),
         HAS_CAP=soft_cap is not None,
@@ -150,7 +174,12 @@ def _prefix_splits(
     )
 
 
-@jit_sizes("num_rows", "prefix_len", "num_splits", tables=("table_ptr",))
+@jit_sizes(
+    "num_groups",
+    "num_splits",
+    "table_stride",
+    tables=("tables_ptr", "prefix_ptr", "rows_ptr", "starts_ptr"),
+)
 def _prefix_split_kernel(
     mixed_ptr: tl.tensor,
     max_ptr: tl.tensor,
@@ -158,14 +187,17 @@ def _prefix_split_kernel(
     q_ptr: tl.tensor,
     key_ptr: tl.tensor,
     value_ptr: tl.tensor,
-    table_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    prefix_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    num_groups: tl.tensor,
     inner: tl.tensor,
     outer: tl.tensor,
-    num_rows: tl.tensor,
-    prefix_len: tl.tensor,
     num_splits: tl.tensor,
     q_row_stride: tl.tensor,
     q_head_stride: tl.tensor,
+    table_stride: tl.tensor,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -173,44 +205,53 @@ def _prefix_split_kernel(
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_CAP: tl.constexpr,
     DOT_IN_FP32: tl.constexpr,
 ) -> None:
-    """One split of the prefix for BLOCK_M queries of one KV head, GROUP of each sequence."""
+    """One split of a group's prefix for BLOCK_Q of its rows, with the GROUP queries of one KV head
+    each. Every split is whole, so nothing is masked."""
+    tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    queries = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (queries // GROUP).to(tl.int64)
-    in_rows = rows < num_rows
+    group = find_segment(starts_ptr, num_groups, tile, BLOCK_Q)
+    start = tl.load(starts_ptr + group)
+    num_rows = tl.load(starts_ptr + group + 1) - start
+    first_row = (tile - start // BLOCK_Q - group) * BLOCK_Q
+    if first_row >= num_rows:
+        return
+    leader = tl.load(rows_ptr + start).to(tl.int64)
+    first = split * SPLIT
+    if first >= tl.load(prefix_ptr + leader):
+        return
+
+    queries = tl.arange(0, BLOCK_M)
+    members = first_row + queries // GROUP
+    in_rows = (queries // GROUP < BLOCK_Q) & (members < num_rows)
+    rows = tl.load(rows_ptr + start + members, mask=in_rows, other=0).to(tl.int64)
     heads = kv_head * GROUP + queries % GROUP
     columns = tl.arange(0, BLOCK_D)
-    in_head = columns < HEAD_DIM
+    q_mask = in_rows[:, None] & (columns < HEAD_DIM)[None, :]
     q_places = q_ptr + rows[:, None] * q_row_stride + heads[:, None] * q_head_stride
-    q_mask = in_rows[:, None] & in_head[None, :]
     q = tl.load(q_places + columns[None, :], mask=q_mask, other=0.0)
     if DOT_IN_FP32:
         q = q.to(tl.float32)
-    first = split * SPLIT
-    stop = tl.minimum(first + SPLIT, prefix_len)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for tile in range(first, stop, BLOCK_N):
-        keys = tile + tl.arange(0, BLOCK_N)
-        seen = keys < stop
-        blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-        tokens = blocks * BLOCK_SIZE + keys % BLOCK_SIZE
-        places = (tokens * NUM_KV_HEADS + kv_head) * HEAD_DIM
-        k_mask = seen[None, :] & in_head[:, None]
-        k = tl.load(key_ptr + places[None, :] + columns[:, None], mask=k_mask, other=0.0)
-        v_mask = seen[:, None] & in_head[None, :]
-        v = tl.load(value_ptr + places[:, None] + columns[None, :], mask=v_mask, other=0.0)
-        if DOT_IN_FP32:
-            k, v = k.to(tl.float32), v.to(tl.float32)
+    table = tables_ptr + leader * table_stride
+    key_ptr += kv_head * HEAD_DIM
+    value_ptr += kv_head * HEAD_DIM
+    all_keys = tl.full((BLOCK_N,), True, tl.int1)
+    for tile_start in range(first, first + SPLIT, BLOCK_N):
+        keys = tile_start + tl.arange(0, BLOCK_N)
+        k, v = load_kv(
+            key_ptr, value_ptr, table, keys, all_keys,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_D, False, DOT_IN_FP32,
+        )  # fmt: skip
         scores = scores_log2(tl.dot(q, k, input_precision="ieee"), inner, outer, HAS_CAP)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
         weights, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, False)
         mixed = tl.dot(weights.to(v.dtype), v, mixed * factor[:, None], input_precision="ieee")
 
@@ -218,4 +259,4 @@ def _prefix_split_kernel(
     tl.store(max_ptr + parts, row_max, mask=in_rows)
     tl.store(sum_ptr + parts, row_sum, mask=in_rows)
     part_places = mixed_ptr + parts[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(part_places, mixed, mask=in_rows[:, None] & in_head[None, :])
+    tl.store(part_places, mixed, mask=q_mask)

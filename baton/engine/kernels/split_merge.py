@@ -43,12 +43,10 @@ def merge_splits(
     context_lens: Tensor,
     *,
     split_tokens: int,
-    num_prefix_splits: int,
-    prefix_len: int,
     window: int | None,
 ) -> Tensor:
-    """``[B, H, D]`` in q's dtype. Of a row's splits the first ``num_prefix_splits`` count, and
-    after them those of its other keys that hold a visible one; what the rest hold is not read."""
+    """``[B, H, D]`` in q's dtype. Of a row's splits those count that hold a visible key; what the
+    rest hold is not read."""
     num_rows, num_heads, head_dim = q.shape
     out = torch.empty((num_rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if num_rows == 0:
@@ -60,8 +58,6 @@ def merge_splits(
         partials.mixed,
         context_lens,
         partials.num_splits,
-        num_prefix_splits,
-        prefix_len,
         window or 0,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
@@ -73,7 +69,7 @@ def merge_splits(
     return out
 
 
-@jit_sizes("num_splits", "num_prefix_splits", "prefix_len", "window", tables=("context_ptr",))
+@jit_sizes("num_splits", "window", tables=("context_ptr",))
 def _merge_kernel(
     out_ptr: tl.tensor,
     max_ptr: tl.tensor,
@@ -81,8 +77,6 @@ def _merge_kernel(
     mixed_ptr: tl.tensor,
     context_ptr: tl.tensor,
     num_splits: tl.tensor,
-    num_prefix_splits: tl.tensor,
-    prefix_len: tl.tensor,
     window: tl.tensor,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -94,13 +88,11 @@ def _merge_kernel(
     whole = row * NUM_HEADS + tl.program_id(1)
     columns = tl.arange(0, BLOCK_D)
     in_head = columns < HEAD_DIM
-    context = tl.load(context_ptr + row)
-    num_keys = context - prefix_len
+    num_keys = tl.load(context_ptr + row)
     begin = 0
     if HAS_WINDOW:
         begin = tl.maximum(0, num_keys - window) // SPLIT
-    num_parts = tl.where(context > 0, num_prefix_splits + (num_keys + SPLIT - 1) // SPLIT, 0)
-    # Without a prefix the parts run from ``begin``; with one there is no window, and begin is 0.
+    num_parts = (num_keys + SPLIT - 1) // SPLIT
     greatest = float("-inf")
     for part in range(begin, num_parts):
         greatest = tl.maximum(greatest, tl.load(max_ptr + whole * num_splits + part))

@@ -38,24 +38,20 @@ def paged(
     device: str,
     block_size: int = 4,
     spare_columns: int = 2,
-    shared_blocks: int = 0,
 ) -> Paged:
-    """Tables of blocks in random order. The first ``shared_blocks`` blocks of all are the same."""
+    """Tables of blocks in random order."""
     counts = [-(-n // block_size) for n in context_lens]
     order = torch.randperm(sum(counts) + 1).tolist()
-    shared = [order.pop() for _ in range(shared_blocks)]
     shape = (sum(counts) + 1, block_size, kv_heads, dim)
     caches = torch.full((2, *shape), float("nan"), dtype=dtype)
     tables = torch.full((len(counts), max(counts) + spare_columns), UNREADABLE_BLOCK)
     for row, (length, count) in enumerate(zip(context_lens, counts, strict=True)):
-        ids = shared[:count] + [order.pop() for _ in range(count - min(count, shared_blocks))]
+        ids = [order.pop() for _ in range(count)]
         tables[row, :count] = torch.tensor(ids, dtype=torch.int64)
         positions = torch.arange(length)
         blocks = tables[row, positions // block_size]
-        new = caches[:, blocks, positions % block_size].isnan()
         fresh = torch.randn(2, length, kv_heads, dim).to(dtype)
-        held = caches[:, blocks, positions % block_size]
-        caches[:, blocks, positions % block_size] = torch.where(new, fresh, held)
+        caches[:, blocks, positions % block_size] = fresh
     return Paged(
         caches[0].to(device),
         caches[1].to(device),

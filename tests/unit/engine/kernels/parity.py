@@ -150,37 +150,42 @@ def test_prefill_attention_over_many_tiles() -> None:
 def test_shared_prefix_attention(
     group: int, dim: int, dtype: torch.dtype, soft_cap: float | None
 ) -> None:
-    kv = paged([21, 37, 22], kv_heads=2, dim=dim, dtype=dtype, device="cpu", shared_blocks=5)
-    q = randn(3, 2 * group, dim, dtype=dtype, device="cpu")
-    check(
-        "shared_prefix_decode_attention",
-        q,
-        kv.key_blocks,
-        kv.value_blocks,
-        kv.block_tables[0, :5],
-        kv.block_tables[:, 5:].contiguous(),
-        kv.context_lens,
-        scale=0.11,
-        soft_cap=soft_cap,
+    """Rows in two groups and in none, a padding row, and an empty group behind them."""
+    lengths = [1030, 600, 90, 1025, 0, 513, 1600, 515]
+    kv = with_prefixes(lengths, dim, dtype, {(6, 0, 3): 1024, (5, 1, 7): 512})
+    q = randn(len(lengths), 2 * group, dim, dtype=dtype, device="cpu")
+    plain = REFERENCES.paged_decode_attention(
+        q, *kv[:4], scale=0.11, window=None, soft_cap=soft_cap
     )
-
-
-def test_shared_prefix_attention_over_several_splits_equals_plain_decode() -> None:
-    kv = paged([620, 600, 0], kv_heads=1, dim=64, dtype=FLOAT32, device="cpu", shared_blocks=37,
-               block_size=16)  # fmt: skip
-    q = randn(3, 2, 64, dtype=FLOAT32, device="cpu")
-    blocks = (kv.key_blocks, kv.value_blocks)
-    plain = REFERENCES.paged_decode_attention(q, *blocks, kv.block_tables, kv.context_lens, **PLAIN)
-    found = TRITON.shared_prefix_decode_attention(
-        q,
-        *blocks,
-        kv.block_tables[0, :37],
-        kv.block_tables[:, 37:],
-        kv.context_lens,
-        scale=0.11,
-        soft_cap=None,
-    )
+    found = check("shared_prefix_decode_attention", q, *kv, scale=0.11, soft_cap=soft_cap)
     assert_close(plain, found)
+    assert not found[4].any()
+
+
+def test_a_group_of_more_rows_than_a_tile() -> None:
+    lengths = [513 + n for n in range(20)]
+    kv = with_prefixes(lengths, 64, FLOAT32, {tuple(range(19)): 512})
+    check("shared_prefix_decode_attention", randn(20, 14, 64, dtype=FLOAT32, device="cpu"), *kv,
+          scale=0.11, soft_cap=None)  # fmt: skip
+
+
+def with_prefixes(
+    lengths: list[int], dim: int, dtype: torch.dtype, groups: dict[tuple[int, ...], int]
+) -> tuple[torch.Tensor, ...]:
+    """Keys, values, tables, lengths, and the groups' tensors. A group's rows share blocks."""
+    kv = paged(lengths, kv_heads=2, dim=dim, dtype=dtype, device="cpu", block_size=32)
+    prefix_lens = torch.zeros(len(lengths), dtype=torch.int32)
+    for rows, num_tokens in groups.items():
+        kv.block_tables[list(rows), : num_tokens // 32] = kv.block_tables[
+            rows[0], : num_tokens // 32
+        ]
+        prefix_lens[list(rows)] = num_tokens
+    members = torch.tensor([row for rows in groups for row in rows], dtype=torch.int32)
+    bounds = torch.tensor([0, *(len(rows) for rows in groups), 0], dtype=torch.int32).cumsum(0)
+    return (
+        kv.key_blocks, kv.value_blocks, kv.block_tables, kv.context_lens,
+        prefix_lens, members, bounds.int(),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

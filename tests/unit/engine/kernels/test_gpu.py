@@ -30,16 +30,8 @@ def seed() -> None:
     torch.manual_seed(1)
 
 
-def cache(contexts: list[int], dim: int, dtype: torch.dtype, shared_blocks: int = 0) -> Paged:
-    return paged(
-        contexts,
-        kv_heads=4,
-        dim=dim,
-        dtype=dtype,
-        device=CUDA,
-        block_size=16,
-        shared_blocks=shared_blocks,
-    )
+def cache(contexts: list[int], dim: int, dtype: torch.dtype) -> Paged:
+    return paged(contexts, kv_heads=4, dim=dim, dtype=dtype, device=CUDA, block_size=16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,16 +81,24 @@ def test_prefill_attention(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("group", "dim"), SHAPES)
 def test_shared_prefix_attention(group: int, dim: int, dtype: torch.dtype) -> None:
-    contexts = [1425, 1424 + 700, 1430, 2000] * 9
-    kv = cache(contexts, dim, dtype, shared_blocks=89)
+    contexts = [1537, 1536 + 700, 1540, 2000] * 9
+    kv = cache(contexts, dim, dtype)
+    members = torch.tensor([*range(0, 36, 2), *range(35, 0, -4)], dtype=torch.int32, device=CUDA)
+    bounds = torch.tensor([0, 18, 27], dtype=torch.int32, device=CUDA)
+    prefix_lens = torch.zeros_like(kv.context_lens)
+    for rows, num_tokens in ((members[:18].long(), 1536), (members[18:].long(), 1024)):
+        prefix_lens[rows] = num_tokens
+        kv.block_tables[rows, : num_tokens // 16] = kv.block_tables[rows[0], : num_tokens // 16]
     check(
         "shared_prefix_decode_attention",
         randn(len(contexts), 4 * group, dim, dtype=dtype, device=CUDA),
         kv.key_blocks,
         kv.value_blocks,
-        kv.block_tables[0, :89],
-        kv.block_tables[:, 89:],
+        kv.block_tables,
         kv.context_lens,
+        prefix_lens,
+        members,
+        bounds,
         scale=dim**-0.5,
         soft_cap=None,
     )
