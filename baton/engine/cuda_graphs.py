@@ -2,8 +2,8 @@
 
 A graph runs on tensors of fixed addresses and shapes. So steps in which every sequence runs one
 token are padded to few sizes - rows, and columns of the block table - and copied into the inputs
-that a graph of that size was recorded on. Which sizes, and what padding looks like, is decided
-here without CUDA; ``CudaRecorder`` records.
+that a graph of that size was recorded on; steps with shared prefixes have graphs of their own.
+Which sizes, and what padding looks like, is decided here without CUDA; ``CudaRecorder`` records.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from baton.engine.step_inputs import StepInputs
+from baton.engine.shared_prefixes import MIN_ROWS
+from baton.engine.step_inputs import SharedPrefixes, StepInputs
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class DecodeGraphs:
     def __init__(self, forward: Callable[[StepInputs], Tensor], record: Recorder) -> None:
         self._forward = forward
         self._record = record
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._is_refused = False
 
     def logits(self, inputs: StepInputs) -> Tensor | None:
@@ -83,12 +84,13 @@ class DecodeGraphs:
         if self._is_refused or not can_replay(inputs):
             return None
         size = (padded_rows(len(inputs.token_ids)), padded_columns(inputs.block_tables.shape[1]))
-        graph = self._graphs.get(size)
+        key = (*size, inputs.shared is not None)
+        graph = self._graphs.get(key)
         if graph is None:
             graph = self._recorded(inputs, size)
             if graph is None:
                 return None
-            self._graphs[size] = graph
+            self._graphs[key] = graph
         else:
             fill(graph.inputs, inputs)
             graph.recording.replay()
@@ -124,12 +126,22 @@ def empty_inputs(like: StepInputs, num_rows: int, num_columns: int) -> StepInput
         cu_seqlens_prefill=bounds[:1].clone(),
         context_lens=like.context_lens.new_zeros(num_rows),
         num_decodes=num_rows,
+        shared=None if like.shared is None else _empty_shared(like.shared, num_rows),
+    )
+
+
+def _empty_shared(like: SharedPrefixes, num_rows: int) -> SharedPrefixes:
+    """Room for as many groups as so many rows can make."""
+    return SharedPrefixes(
+        prefix_lens=like.prefix_lens.new_zeros(num_rows),
+        rows=like.rows.new_zeros(num_rows),
+        starts=like.starts.new_zeros(num_rows // MIN_ROWS + 1),
     )
 
 
 def fill(own: StepInputs, inputs: StepInputs) -> None:
     """Copy a step's rows into fixed inputs; rows behind them are padding: nothing is stored for
-    them (slot -1), and they see nothing (context 0)."""
+    them (slot -1), they see nothing (context 0), and groups behind the step's are empty."""
     num_rows, num_columns = inputs.block_tables.shape
     own.token_ids[:num_rows].copy_(inputs.token_ids)
     own.positions[:num_rows].copy_(inputs.positions)
@@ -139,6 +151,16 @@ def fill(own: StepInputs, inputs: StepInputs) -> None:
     if num_rows < len(own.slots):
         own.slots[num_rows:].fill_(-1)
         own.context_lens[num_rows:].zero_()
+    if own.shared is not None and inputs.shared is not None:
+        _fill_shared(own.shared, inputs.shared)
+
+
+def _fill_shared(own: SharedPrefixes, shared: SharedPrefixes) -> None:
+    own.prefix_lens.zero_()
+    own.prefix_lens[: len(shared.prefix_lens)].copy_(shared.prefix_lens)
+    own.rows[: len(shared.rows)].copy_(shared.rows)
+    own.starts.copy_(shared.starts[-1:].expand(len(own.starts)))
+    own.starts[: len(shared.starts)].copy_(shared.starts)
 
 
 class CudaRecorder:

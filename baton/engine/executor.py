@@ -83,6 +83,7 @@ class Executor:
             num_blocks=cache.num_blocks,
             block_size=cache.block_size,
             device=device,
+            shares_prefixes=decoder.shares_prefixes,
         )
 
     @classmethod

@@ -15,10 +15,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from baton.engine.kernels.paged_decode_attention import SPLIT_TOKENS
 from baton.engine.kv_cache import slots_of
 from baton.engine.plan import SequenceChunk, StepPlan
 from baton.engine.sampling.prompt_logprobs import num_scored
+from baton.engine.shared_prefixes import prefix_groups
 from baton.protocol.errors import InternalError
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefixes:
+    """Decodes that begin alike, as ``shared_prefix_decode_attention`` takes them; all int32.
+
+    prefix_lens: ``[num_decodes]``. rows: ``[R]``. starts: ``[groups + 1]``.
+    """
+
+    prefix_lens: Tensor
+    rows: Tensor
+    starts: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +45,7 @@ class StepInputs:
     block_tables: ``[S, M]`` int32, 0 past a sequence's blocks.
     cu_seqlens_q: ``[S + 1]`` int32, where each sequence's rows begin. cu_seqlens_prefill: the
     same of the longer chunks alone, counted from their first row. context_lens: ``[S]`` int32,
-    tokens of a sequence up to its last row.
+    tokens of a sequence up to its last row. shared: None where no decodes begin alike, or too few.
     """
 
     token_ids: Tensor
@@ -44,16 +58,19 @@ class StepInputs:
     cu_seqlens_prefill: Tensor
     context_lens: Tensor
     num_decodes: int
+    shared: SharedPrefixes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What of the model and its cache the index tensors depend on."""
+    """What of the model and its cache the index tensors depend on. shares_prefixes: whether the
+    backend reads a common prefix once."""
 
     vocab_size: int
     num_blocks: int
     block_size: int
     device: torch.device
+    shares_prefixes: bool = False
 
 
 def build_inputs(plan: StepPlan, shape: StepShape) -> StepInputs:
@@ -81,6 +98,27 @@ def build_inputs(plan: StepPlan, shape: StepShape) -> StepInputs:
         cu_seqlens_prefill=tensor(bounds[num_decodes:] - num_decodes, np.int32),
         context_lens=tensor(ends, np.int32),
         num_decodes=num_decodes,
+        shared=_shared(tables[:num_decodes], ends[:num_decodes], shape),
+    )
+
+
+def _shared(
+    tables: npt.NDArray[np.int32], ends: npt.NDArray[np.int64], shape: StepShape
+) -> SharedPrefixes | None:
+    if not shape.shares_prefixes or not len(ends):
+        return None
+    groups = prefix_groups(tables, ends, block_size=shape.block_size, unit_tokens=SPLIT_TOKENS)
+    if not groups:
+        return None
+    prefix_lens = np.zeros(len(ends), dtype=np.int32)
+    for group in groups:
+        prefix_lens[list(group.rows)] = group.num_tokens
+    rows = np.array([row for group in groups for row in group.rows], dtype=np.int32)
+    starts = np.array([0, *(len(group.rows) for group in groups)], dtype=np.int32).cumsum()
+    return SharedPrefixes(
+        prefix_lens=torch.from_numpy(prefix_lens).to(shape.device),
+        rows=torch.from_numpy(rows).to(shape.device),
+        starts=torch.from_numpy(starts.astype(np.int32)).to(shape.device),
     )
 
 

@@ -46,10 +46,14 @@ class Backend(Protocol):
 
     arithmetic: equal for two workers whose results agree to the bit when nothing but the
       company of a request, its chunks and its place differ.
+    shares_prefixes: whether ``StepInputs.shared`` is of use to it.
     """
 
     @property
     def arithmetic(self) -> str: ...
+
+    @property
+    def shares_prefixes(self) -> bool: ...
 
     def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What weights are loaded in where the model is to run in ``dtype``."""

@@ -74,6 +74,11 @@ class CompiledBackend:
     def arithmetic(self) -> str:
         return f"{self._library.name}/torch-{torch.__version__}"
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """A row's sum has one order, whatever it shares."""
+        return False
+
     def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 

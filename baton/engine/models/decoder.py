@@ -38,6 +38,10 @@ class Decoder:
         self._group = group
         self._rotary = Rotary(spec.ropes, spec.head_dim, device)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return self._backend.shares_prefixes
+
     def forward(
         self, inputs: StepInputs, cache: KvCache, score: Callable[[Tensor], None] | None = None
     ) -> Tensor:

@@ -107,6 +107,11 @@ class TorchBackend:
     def arithmetic(self) -> str:
         return self._arithmetic
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Queries of many rows in one product are summed in another order than those of one."""
+        return not self._is_deterministic
+
     def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self._is_cpu else dtype
 
@@ -176,18 +181,8 @@ class TorchBackend:
         bounds = inputs.cu_seqlens_q if self._is_deterministic else inputs.cu_seqlens_prefill
         parts = []
         if num_decodes:
-            parts.append(
-                self._kernels.paged_decode_attention(
-                    q[:num_decodes],
-                    key_blocks,
-                    value_blocks,
-                    inputs.block_tables[:num_decodes],
-                    inputs.context_lens[:num_decodes],
-                    scale=spec.scale,
-                    window=spec.window,
-                    soft_cap=spec.soft_cap,
-                )
-            )
+            decodes = q[:num_decodes]
+            parts.append(self._attend_decodes(decodes, key_blocks, value_blocks, spec, inputs))
         if num_decodes < len(q):
             parts.append(
                 self._kernels.paged_prefill_attention(
@@ -203,3 +198,37 @@ class TorchBackend:
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_decodes(
+        self,
+        q: Tensor,
+        key_blocks: Tensor,
+        value_blocks: Tensor,
+        spec: AttentionSpec,
+        inputs: StepInputs,
+    ) -> Tensor:
+        tables, lengths = inputs.block_tables[: len(q)], inputs.context_lens[: len(q)]
+        # With a window, rows of unlike lengths see unlike parts of a prefix.
+        if inputs.shared is not None and spec.window is None:
+            return self._kernels.shared_prefix_decode_attention(
+                q,
+                key_blocks,
+                value_blocks,
+                tables,
+                lengths,
+                inputs.shared.prefix_lens,
+                inputs.shared.rows,
+                inputs.shared.starts,
+                scale=spec.scale,
+                soft_cap=spec.soft_cap,
+            )
+        return self._kernels.paged_decode_attention(
+            q,
+            key_blocks,
+            value_blocks,
+            tables,
+            lengths,
+            scale=spec.scale,
+            window=spec.window,
+            soft_cap=spec.soft_cap,
+        )
