@@ -20,6 +20,7 @@ from functools import lru_cache
 
 from msgspec.structs import replace
 
+from baton.engine.lookups import Lookups
 from baton.engine.plan import SequenceChunk
 from baton.engine.prompt_lookup import PromptLookup
 from baton.engine.sequence import Sequence
@@ -31,8 +32,6 @@ SEQUENCES_OF_ONE_STEP, ROWS_OF_ONE_STEP = 7.0, 12.0
 on one core with baton-tiny; on a GPU rows are cheaper, so these lengths are on the safe side."""
 MAX_DRAFTED_SEQUENCES = 128
 """In a larger batch nobody has drafts: it is busy, and guessing would make scheduling late."""
-MAX_INDEXED_PER_STEP = 4_096
-"""Tokens: long prompts are taken in over several steps, so that none is late."""
 MAX_ACCEPTANCE = 0.95
 FORGETTING = 0.9
 """What a verified draft leaves of the weight of older ones."""
@@ -68,10 +67,9 @@ def can_be_drafted(sampling: SamplingParams) -> bool:
 
 
 @dataclass(slots=True)
-class _Guesses:
-    """One sequence's lookup, and how its drafts have fared lately (from a prior of one half)."""
+class _Record:
+    """How one sequence's drafts have fared lately, from a prior of one half."""
 
-    lookup: PromptLookup
     num_drafted: float = 0.0
     num_accepted: float = 0.0
 
@@ -91,16 +89,18 @@ class Speculator:
     def __init__(self, block_size: int, eos_token_ids: frozenset[int]) -> None:
         self._block_size = block_size
         self._eos_token_ids = eos_token_ids
-        self._guesses: dict[str, _Guesses] = {}
+        self._lookups = Lookups()
+        self._records: dict[str, _Record] = {}
         self.num_drafted = 0
         self.num_accepted = 0
 
     @property
     def num_kept(self) -> int:
-        return len(self._guesses)
+        return max(len(self._lookups), len(self._records))
 
     def forget(self, seq_id: str) -> None:
-        self._guesses.pop(seq_id, None)
+        self._lookups.forget(seq_id)
+        self._records.pop(seq_id, None)
 
     def extend(
         self,
@@ -122,15 +122,15 @@ class Speculator:
             for place, chunk in enumerate(chunks)
             if chunk.samples and len(chunk.token_ids) == 1 and can_be_drafted(chunk.sampling)
         ]
-        left_to_index = MAX_INDEXED_PER_STEP
+        self._lookups.begin_step()
         for place in decodes:
             sequence = batch[place]
-            guesses = self._guesses.setdefault(sequence.seq_id, _Guesses(PromptLookup()))
-            left_to_index -= self._catch_up(guesses.lookup, sequence, left_to_index)
-            if guesses.lookup.num_seen < sequence.num_tokens:
+            lookup = self._lookups.up_to_date(sequence)
+            if lookup is None:
                 continue
-            length = draft_length(len(chunks), guesses.acceptance)
-            draft = self._draft(guesses, sequence, min(length, num_free_tokens), spare_block)
+            record = self._records.setdefault(sequence.seq_id, _Record())
+            length = draft_length(len(chunks), record.acceptance)
+            draft = self._draft(lookup, sequence, min(length, num_free_tokens), spare_block)
             if draft:
                 chunk = chunks[place]
                 token_ids = (*chunk.token_ids, *draft)
@@ -140,35 +140,29 @@ class Speculator:
                 )
                 num_free_tokens -= len(draft)
             else:
-                guesses.fade(RECOVERY)
+                record.fade(RECOVERY)
 
     def verified(self, chunk: SequenceChunk, num_drawn: int) -> None:
         """``num_drawn`` tokens came of a chunk: one more than drafts that were right."""
         self.num_drafted += chunk.num_drafts
         self.num_accepted += num_drawn - 1
-        guesses = self._guesses.get(chunk.seq_id)
-        if guesses is not None:
-            guesses.fade(FORGETTING)
+        record = self._records.get(chunk.seq_id)
+        if record is not None:
+            record.fade(FORGETTING)
             # Behind the first wrong one nothing was tried.
-            guesses.num_drafted += min(num_drawn, chunk.num_drafts)
-            guesses.num_accepted += num_drawn - 1
-
-    def _catch_up(self, lookup: PromptLookup, sequence: Sequence, most: int) -> int:
-        start = lookup.num_seen
-        stop = min(sequence.num_tokens, start + most)
-        lookup.extend(sequence.tokens(start, stop))
-        return stop - start
+            record.num_drafted += min(num_drawn, chunk.num_drafts)
+            record.num_accepted += num_drawn - 1
 
     def _draft(
         self,
-        guesses: _Guesses,
+        lookup: PromptLookup,
         sequence: Sequence,
         count: int,
         spare_block: Callable[[Sequence], bool],
     ) -> list[int]:
         sampling = sequence.sampling
         count = min(count, sampling.max_tokens - len(sequence.output_ids) - 1)
-        draft = guesses.lookup.propose(count) if count > 0 else []
+        draft = lookup.propose(count) if count > 0 else []
         # Nothing is drawn behind an end, so nothing is guessed from there on.
         for place, token_id in enumerate(draft):
             if token_id in sampling.stop_token_ids or token_id in self._eos_token_ids:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.engine import prompt_lookup
 from baton.engine.prompt_lookup import MATCH_TOKENS, PromptLookup
 
 
@@ -40,14 +38,40 @@ def test_what_repeats_with_a_period_goes_on_repeating() -> None:
     assert lookup.propose(10) == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
 
 
-def test_memory_is_bounded_and_the_newest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_lookup, "MAX_INDEXED_TOKENS", 64)
+@given(
+    tokens=st.lists(st.integers(0, 2), max_size=60),
+    start=st.integers(0, 9),
+    cuts=st.lists(st.integers(1, 12), max_size=5),
+)
+def test_what_is_forgotten_is_as_if_it_had_never_been(
+    tokens: list[int], start: int, cuts: list[int]
+) -> None:
+    """Tokens come and the oldest go, in turns."""
+    lookup, kept, behind = PromptLookup(start), list[int](), list(tokens)
+    for cut in [*cuts, len(tokens)]:
+        lookup.extend(behind[:cut])
+        kept += behind[:cut]
+        del behind[:cut]
+        lookup.forget(min(cut // 2, len(kept)))
+        del kept[: cut // 2]
+        assert len(lookup) == len(kept)
+        assert lookup.propose(4) == slowly(kept, 4)
+    assert lookup.num_seen == start + len(tokens)
+
+
+def test_nothing_is_kept_of_what_is_forgotten() -> None:
     lookup = PromptLookup()
     for number in range(1_000):
         lookup.extend([number])
-        assert len(lookup._tokens) <= 64
-    assert lookup.num_seen == 1_000
-    lookup.extend(range(980, 985))
-    assert lookup.propose(3) == [985, 986, 987]
-    lookup.extend(range(5))
-    assert lookup.propose(3) == []
+        if number >= 64:
+            lookup.forget(1)
+    assert len(lookup) == 64
+    assert len(lookup._tokens) <= 2 * 64
+    assert all(len(behind) <= 64 for behind in lookup._behind)
+
+
+def test_ids_of_any_size_are_told_apart() -> None:
+    """Packed runs must not run into each other."""
+    lookup = PromptLookup()
+    lookup.extend([1, 2, 3, 7, 2**31, 0, 1, 2, 3 + 2**31, 9, 1, 2, 3])
+    assert lookup.propose(1) == [7]
