@@ -25,7 +25,6 @@ from baton.protocol.messages import (
 from baton.worker.admission import refusal
 from baton.worker.desk import RouterDesk
 from baton.worker.events import (
-    CompileGrammar,
     FromPeer,
     GrammarFailed,
     GrammarReady,
@@ -91,7 +90,8 @@ class DecodeDecider:
         return len(self._jobs) + self._receiver.num_open + self._desk.num_streams
 
     def handle(self, event: object, now: float) -> list[object]:
-        return [*self._react(event, now), *self._grant(now)]
+        reaction = self._react(event, now)
+        return [*reaction, *self._jobs.deserted_grammars(), *self._grant(now)]
 
     def _react(self, event: object, now: float) -> list[object]:
         match event:
@@ -108,8 +108,8 @@ class DecodeDecider:
                 return [*failed, *self._book(self._scheduler.complete(result), now)]
             case StepRaised():
                 return self._step_raised(event)
-            case GrammarReady(constraint):
-                self._jobs.grammar_ready(constraint)
+            case GrammarReady(constraint, compiled):
+                self._jobs.grammar_ready(constraint, compiled)
                 return []
             case GrammarFailed():
                 return self._grammar_failed(event)
@@ -133,7 +133,7 @@ class DecodeDecider:
             case LeaseRenew():
                 return [*self._receiver.renew(peer_key, message, now)]
             case TransferCancel(transfer):
-                self._receiver.cancel(transfer, now)
+                self._cancel_transfer(transfer, now)
             case _:
                 return self._desk.handle(sender_id, message, now)
         return []
@@ -159,9 +159,11 @@ class DecodeDecider:
             code, reason = "invalid_request", "the transfer id does not belong to the request"
         if code:
             return [ToPrefill(peer_key, Denied(transfer, code, reason, retryable))]
+        answers = self._receiver.reserve(peer_key, ask, now)
         constraint = ask.body.sampling.constraint
-        early = [] if constraint is None else [CompileGrammar(constraint)]
-        return [*early, *self._receiver.reserve(peer_key, ask, now)]
+        if constraint is None or transfer not in self._receiver:
+            return [*answers]
+        return [*self._jobs.expect_grammar(transfer, constraint), *answers]
 
     def _refusal(self, body: RequestBody) -> tuple[str, str, bool]:
         """(code, message, retryable); the code is "" for a request that can run here."""
@@ -178,7 +180,11 @@ class DecodeDecider:
             self._jobs.drop(seq_id)
         for transfer, body in self._receiver.bodies():
             if body.request_id == request_id and body.attempt <= attempt:
-                self._receiver.cancel(transfer, now)
+                self._cancel_transfer(transfer, now)
+
+    def _cancel_transfer(self, transfer: str, now: float) -> None:
+        self._receiver.cancel(transfer, now)
+        self._jobs.expect_no_more(transfer)
 
     def _grammar_failed(self, failed: GrammarFailed) -> list[object]:
         return [
@@ -209,6 +215,7 @@ class DecodeDecider:
         reason = nothing_follows(arrived, self._vocab_size)
         if reason:
             self._pool.release(arrived.transfer_id, arrived.blocks)
+            self._jobs.expect_no_more(arrived.transfer_id)
             return [self._desk.failed(arrived.body, "transfer_failed", reason, retryable=True)]
         return [*self._jobs.start(*arrived_job(arrived, now))]
 
@@ -253,6 +260,9 @@ class DecodeDecider:
         for transfer, body in self._receiver.bodies():
             if body.router_id in gone:
                 self._receiver.cancel(transfer, now)
+        for transfer in self._jobs.expected:
+            if transfer not in self._receiver:
+                self._jobs.expect_no_more(transfer)
         for seq_id, is_late in self._jobs.lapsed(gone, now):
             job = self._jobs.drop(seq_id)
             if is_late:

@@ -97,6 +97,9 @@ class PrefillDecider:
         return len(self._jobs) + self._desk.num_streams
 
     def handle(self, event: object, now: float) -> list[object]:
+        return [*self._react(event, now), *self._jobs.deserted_grammars()]
+
+    def _react(self, event: object, now: float) -> list[object]:
         match event:
             case FromPeer(message=message, sender_id=sender_id):
                 return self._from_peer(sender_id, message, now)
@@ -112,8 +115,8 @@ class PrefillDecider:
                 return [*failed, *self._book(self._plan, self._scheduler.complete(result), now)]
             case StepRaised():
                 return self._step_raised(event, now)
-            case GrammarReady(constraint):
-                self._jobs.grammar_ready(constraint)
+            case GrammarReady(constraint, compiled):
+                self._jobs.grammar_ready(constraint, compiled)
                 return []
             case GrammarFailed():
                 return self._grammar_failed(event)

@@ -48,6 +48,8 @@ class Sequence:
     """Leading blocks that are full and have been offered to the prefix cache."""
     host_blocks: tuple[int, ...] = ()
     """Where its computed KV is while it is swapped out."""
+    grammar: object = None
+    """Its constraint as compiled: held, so that no step must compile it again."""
     _keys: list[BlockKey] = field(default_factory=list)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.engine.plan import StepPlan, StepResult
@@ -40,9 +40,11 @@ class StepRaised:
 
 @dataclass(frozen=True, slots=True)
 class GrammarReady:
-    """Sequences with this constraint may be scheduled."""
+    """Sequences with this constraint may be scheduled. ``compiled``: to be held by each of them;
+    what nobody holds may be forgotten."""
 
     constraint: Constraint
+    compiled: object = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,13 @@ class RunStep:
 @dataclass(frozen=True, slots=True)
 class CompileGrammar:
     """Answered by GrammarReady or GrammarFailed, also where it was compiled before."""
+
+    constraint: Constraint
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetGrammar:
+    """Nobody waits for it any more: no answer is needed, and no work on it."""
 
     constraint: Constraint
 

@@ -14,7 +14,7 @@ from baton.engine.plan import StepPlan
 from baton.engine.scheduler import NewToken, Scheduler, Sequence
 from baton.protocol.constraint import Constraint
 from baton.protocol.messages import HopTimes, RequestBody, TokenItem
-from baton.worker.events import CompileGrammar
+from baton.worker.events import CompileGrammar, ForgetGrammar
 from baton.worker.grammar_gate import GrammarGate
 
 
@@ -66,8 +66,8 @@ class Jobs(Generic[JobT]):
         self._schedule(sequence)
         return []
 
-    def grammar_ready(self, constraint: Constraint) -> None:
-        for sequence in self._gate.open(constraint):
+    def grammar_ready(self, constraint: Constraint, compiled: object) -> None:
+        for sequence in self._gate.open(constraint, compiled):
             self._schedule(sequence)
 
     def grammar_failed(self, constraint: Constraint) -> list[JobT]:
@@ -76,6 +76,22 @@ class Jobs(Generic[JobT]):
         for sequence in waited:
             self._scheduler.pool.release(sequence.seq_id, sequence.block_table)
         return [self._jobs.pop(sequence.seq_id) for sequence in waited]
+
+    def expect_grammar(self, seq_id: str, constraint: Constraint) -> list[CompileGrammar]:
+        """Have it compiled while KV is on its way, until the job starts or ``expect_no_more``."""
+        return self._gate.expect(seq_id, constraint)
+
+    def expect_no_more(self, seq_id: str) -> None:
+        self._gate.drop(seq_id)
+
+    @property
+    def expected(self) -> list[str]:
+        """Those whose grammar is being compiled while their KV is on its way."""
+        return self._gate.expected
+
+    def deserted_grammars(self) -> list[ForgetGrammar]:
+        """That nobody waits for since the last time: to be passed on behind every event."""
+        return self._gate.deserted()
 
     def begin(self, plan: StepPlan, now: float) -> list[tuple[str, JobT]]:
         """Those that a step runs for the first time, in the order of its chunks."""

@@ -23,6 +23,7 @@ from baton.protocol.messages import AnyMessage, Hello, HelloReply
 from baton.worker.events import (
     CompileGrammar,
     Decider,
+    ForgetGrammar,
     FromPeer,
     RunStep,
     ShellFacts,
@@ -100,6 +101,8 @@ class WorkerShell:
                     self._server.send_to(router_id, message)
                 case CompileGrammar(constraint):
                     self._grammars.request(constraint)
+                case ForgetGrammar(constraint):
+                    self._grammars.forget(constraint)
                 case RunStep(plan):
                     self._plans.put_nowait(plan)
                 case _:

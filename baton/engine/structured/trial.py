@@ -27,16 +27,16 @@ from baton.protocol.errors import BatonError
 
 NUM_MASKS = 24
 """Masks cost work too: some grammars compile quickly and then stall the first step."""
-MAX_MEMORY_BYTES = 4 * 2**30
 
 
 def main(arguments: list[str]) -> None:
-    """arguments: CPU seconds per constraint, tokenizer path, vocabulary size, EOS ids."""
-    seconds = float(arguments[0])
+    """arguments: CPU seconds per constraint, bytes of memory, tokenizer path, vocabulary size,
+    EOS ids."""
+    seconds, memory_bytes = float(arguments[0]), int(arguments[1])
     vocabulary = Vocabulary(
-        Path(arguments[1]), int(arguments[2]), tuple(int(i) for i in arguments[3:])
+        Path(arguments[2]), int(arguments[3]), tuple(int(i) for i in arguments[4:])
     )
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tokenizer: llguidance.LLTokenizer | None = None
     for line in sys.stdin.buffer:
@@ -44,14 +44,31 @@ def main(arguments: list[str]) -> None:
         code, message = "", ""
         try:
             tokenizer = tokenizer or vocabulary.load()
-            # The default action of this signal ends the process, whatever it is doing.
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            try_out(tokenizer, constraint)
+            judge(tokenizer, constraint, seconds)
         except BatonError as exc:
             code, message = exc.code, exc.message
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps({"code": code, "message": message}), flush=True)
+
+
+def judge(tokenizer: llguidance.LLTokenizer, constraint: Constraint, seconds: float) -> None:
+    """Raises InvalidRequest, whatever the compiler raised, or ends the process by SIGPROF.
+
+    Memory that is refused to the compiler itself ends the process by SIGABRT.
+    """
+    # The default action of this signal ends the process, whatever it is doing.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        try_out(tokenizer, constraint)
+    except (BatonError, KeyboardInterrupt, SystemExit):
+        raise
+    except MemoryError as exc:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        raise refused(constraint, f"it needs more than {limit} bytes of memory") from exc
+    except BaseException as exc:
+        # A panic of the compiler is no Exception. It is this constraint's doing all the same.
+        raise refused(constraint, f"the compiler raised {type(exc).__name__}: {exc}") from exc
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def try_out(tokenizer: llguidance.LLTokenizer, constraint: Constraint) -> None:

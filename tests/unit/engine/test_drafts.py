@@ -83,7 +83,10 @@ def generate(
     pool = BlockPool(num_blocks, BLOCK_SIZE)
     scheduler = Scheduler(pool, config, frozenset([EOS_ID]))
     for number, params in enumerate(sampling):
-        scheduler.add(Sequence(f"{speculation}{number}", PROMPT[number:], [], params))
+        sequence = Sequence(f"{speculation}{number}", PROMPT[number:], [], params)
+        if params.constraint is not None:
+            sequence.grammar = executor.grammars.add(params.constraint)
+        scheduler.add(sequence)
     news: list[list[NewToken]] = [[] for _ in sampling]
     while (plan := scheduler.schedule()) is not None:
         result = executor.execute(plan)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import msgspec
@@ -13,24 +15,29 @@ from baton.engine.sequence import Sequence
 from baton.protocol.constraint import Constraint
 from baton.protocol.messages import (
     Abort,
+    Denied,
     Dispatch,
     RequestBody,
     TokenBatch,
+    TransferCancel,
 )
 from baton.protocol.sampling import SamplingParams
 from baton.worker.events import (
     CompileGrammar,
+    ForgetGrammar,
+    FromPeer,
     GrammarFailed,
     GrammarReady,
     RunStep,
     StepDone,
+    StepRaised,
     StepWanted,
     Tick,
     ToRouter,
 )
 from baton.worker.grammar_gate import GrammarGate
 from tests.support.core import DECODE, body, run_plan
-from tests.support.deciders import Decode, Prefill, end, failure, frame
+from tests.support.deciders import PREFILL_PEER, Decode, Prefill, end, failure, frame
 
 DIGITS = Constraint("regex", "[0-9]+")
 WORDS = Constraint("regex", "[a-z]+")
@@ -63,6 +70,51 @@ def test_the_gate_gives_back_what_waited_for_one_grammar_in_order() -> None:
     assert gate.open(DIGITS) == [sequences[0], sequences[3]]
     assert gate.open(DIGITS) == []
     assert ("1" in gate, "0" in gate, len(gate)) == (True, False, 1)
+    assert gate.deserted() == [], "somebody waited for each of them until the answer"
+
+
+def waiting(name: str, constraint: Constraint = DIGITS) -> Sequence:
+    return Sequence(name, (1,), [], SamplingParams(constraint=constraint))
+
+
+def test_what_the_last_one_leaves_is_taken_back_once() -> None:
+    gate = GrammarGate()
+    gate.hold(waiting("a"))
+    gate.expect("b", DIGITS)
+    gate.hold(waiting("c", WORDS))
+    gate.drop("a")
+    assert gate.deserted() == [], "b is still to come"
+    assert gate.drop("b") is None
+    gate.drop("b")
+    gate.drop("c")
+    assert gate.deserted() == [ForgetGrammar(DIGITS), ForgetGrammar(WORDS)]
+    assert gate.deserted() == []
+
+
+def test_what_is_wanted_again_at_once_is_not_taken_back() -> None:
+    gate = GrammarGate()
+    gate.hold(waiting("a"))
+    gate.drop("a")
+    gate.hold(waiting("b"))
+    assert gate.deserted() == []
+    gate.drop("b")
+    assert gate.deserted() == [ForgetGrammar(DIGITS)]
+
+
+def test_one_that_was_expected_is_held_in_its_place_or_let_go() -> None:
+    gate = GrammarGate()
+    gate.expect("a", DIGITS)
+    gate.expect("b", DIGITS)
+    assert (len(gate), gate.expected, "a" in gate) == (0, ["a", "b"], False)
+    gate.hold(waiting("c"))
+    held = waiting("a")
+    gate.hold(held)
+    assert (len(gate), gate.expected) == (2, ["b"])
+    opened = gate.open(DIGITS, "compiled")
+    assert opened[0] is held
+    assert [(s.seq_id, s.grammar) for s in opened] == [("a", "compiled"), ("c", "compiled")]
+    assert gate.expected == []
+    assert gate.deserted() == []
 
 
 @pytest.mark.parametrize("role", ["prefill", "mixed"])
@@ -97,9 +149,9 @@ def test_what_is_aborted_or_late_at_the_gate_is_gone(role: str) -> None:
     w = worker(role)
     w.tell(dispatch(role, constrained("a")))
     w.tell(dispatch(role, constrained("b")))
-    w.tell(Abort("a", 0))
+    assert w.tell(Abort("a", 0)) == []
     assert w.decider.num_open == 1
-    w(Tick(), 601.0)
+    assert ForgetGrammar(DIGITS) in w(Tick(), 601.0)
     assert w.decider.num_open == 0
     w(GrammarReady(DIGITS))
     assert w(StepWanted()) == []
@@ -148,3 +200,61 @@ def test_blocks_of_a_sequence_that_ends_at_the_gate_are_freed(ends: Any) -> None
     else:
         assert decode(ends) == [failure("decode", "internal", "no", True)]
     decode.idle()
+
+
+@pytest.mark.parametrize("role", ["prefill", "mixed"])
+def test_the_grammar_of_an_aborted_request_is_taken_back(role: str) -> None:
+    w = worker(role)
+    w.tell(dispatch(role, constrained()))
+    assert ForgetGrammar(DIGITS) in w.tell(Abort("r", 0))
+    assert w(Tick(), 0.1) == []
+
+
+@pytest.mark.parametrize("role", ["prefill", "mixed"])
+def test_a_sequence_holds_its_grammar_from_the_answer_to_its_end(role: str) -> None:
+    class Compiled:
+        """Something that can be seen to go."""
+
+    w, compiled = worker(role), Compiled()
+    is_here = weakref.ref(compiled)
+    w.tell(dispatch(role, constrained()))
+    w(GrammarReady(DIGITS, compiled))
+    del compiled
+    assert is_here() is not None
+    w(StepWanted())
+    w.tell(Abort("r", 0))
+    assert is_here() is not None, "the step in flight runs it"
+    gc.collect()
+    w(StepRaised("the end of the step"))
+    gc.collect()
+    assert is_here() is None
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        FromPeer("router-0|1", "router-0", "router", Abort("r", 0)),
+        FromPeer(PREFILL_PEER, "p-0", "prefill", TransferCancel("r/0")),
+        Tick(),
+    ],
+)
+def test_the_grammar_of_a_transfer_that_ends_is_taken_back(ends: Any) -> None:
+    """A tick finds the lease expired."""
+    decode = Decode()
+    assert decode.reserve(constrained())[0] == CompileGrammar(DIGITS)
+    assert ForgetGrammar(DIGITS) in decode(ends, 11.0)
+    assert ForgetGrammar(DIGITS) not in decode(Tick(), 11.1)
+    decode.idle()
+
+
+def test_a_transfer_that_is_denied_asks_for_no_grammar() -> None:
+    decode = Decode(num_blocks=1)
+    answers = decode.reserve(msgspec.structs.replace(constrained(), prompt_ids=tuple(range(8))))
+    assert [type(a.message) for a in answers] == [Denied]
+
+
+def test_a_grammar_that_is_ready_before_the_kv_is_not_taken_back() -> None:
+    decode = Decode()
+    decode.reserve(constrained())
+    assert decode(GrammarReady(DIGITS)) == []
+    assert ForgetGrammar(DIGITS) not in decode.tell(Abort("r", 0))

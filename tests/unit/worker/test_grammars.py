@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from baton.engine.structured.grammar import Vocabulary
 from baton.engine.structured.store import GrammarStore
 from baton.protocol.constraint import Constraint
-from baton.worker import grammars
+from baton.worker import grammar_trial, grammars
 from baton.worker.events import GrammarFailed, GrammarReady
 from baton.worker.grammars import GrammarCompiler
 from tests.support.byte_tokenizer import EOS_ID, VOCAB_SIZE, write_byte_tokenizer
@@ -64,7 +66,7 @@ async def test_each_grammar_is_compiled_once_and_answered_always(store: GrammarS
         for _ in range(2):
             compiler.request(DIGITS)
         assert await answers.next() == GrammarReady(DIGITS)
-        assert store.has(DIGITS)
+        assert store.get(DIGITS) is not None
         compiler.request(DIGITS)
         assert await answers.next() == GrammarReady(DIGITS)
         assert answers.queue.empty()
@@ -88,7 +90,7 @@ async def test_an_endless_one_fails_alone(
     store: GrammarStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others are compiled beside it, and its process is gone with it."""
-    monkeypatch.setattr(grammars, "TRIAL_CPU_S", 1.0)
+    monkeypatch.setattr(grammar_trial, "TRIAL_CPU_S", 1.0)
     async with running(store) as (compiler, answers):
         compiler.request(ENDLESS)
         compiler.request(DIGITS)
@@ -101,23 +103,158 @@ async def test_an_endless_one_fails_alone(
         assert await answers.next() == GrammarReady(LETTERS)
 
 
-async def test_a_compiler_that_dies_fails_its_grammar_and_the_next_one_starts_another(
-    store: GrammarStore, monkeypatch: pytest.MonkeyPatch
+def impostor(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Callable[[], int]:
+    """Runs ``script`` in the place of Python; the answer counts how often."""
+    path, starts = folder / "impostor", folder / "starts"
+    path.write_text(f'#!/bin/sh\necho x >> "{starts}"\n{script}\n')
+    path.chmod(0o755)
+    starts.touch()
+    monkeypatch.setattr(grammar_trial.sys, "executable", str(path))
+    return lambda: len(starts.read_text().splitlines())
+
+
+KILLED = "kill -KILL $$"
+KILLED_ONCE = (
+    f'[ $(wc -l < "$(dirname "$0")/starts") -gt 1 ] || {KILLED}; exec {sys.executable} "$@"'
+)
+
+
+@pytest.mark.parametrize("end", [KILLED, "kill -TERM $$", "exit 1"])
+async def test_a_grammar_is_not_to_blame_for_an_end_from_outside(
+    store: GrammarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
+    num_starts = impostor(tmp_path, monkeypatch, end)
     async with running(store) as (compiler, answers):
-        monkeypatch.setattr(grammars.sys, "executable", "/bin/false")
         compiler.request(DIGITS)
         failed = await answers.next()
         assert isinstance(failed, GrammarFailed)
-        assert "ends the compiler" in failed.message
-        monkeypatch.setattr(grammars.sys, "executable", "/nowhere")
+        assert (failed.code, failed.retryable) == ("unavailable", True)
+        assert "ended from outside" in failed.message
+        assert num_starts() == 2
+        monkeypatch.undo()
+        compiler.request(DIGITS)
+        assert await answers.next() == GrammarReady(DIGITS), "not remembered"
+
+
+async def test_a_trial_that_is_killed_once_is_run_again(
+    store: GrammarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_starts = impostor(tmp_path, monkeypatch, KILLED_ONCE)
+    async with running(store) as (compiler, answers):
+        compiler.request(DIGITS)
+        assert await answers.next() == GrammarReady(DIGITS)
+        assert num_starts() == 2
+
+
+async def test_a_process_that_was_killed_while_idle_is_replaced(store: GrammarStore) -> None:
+    async with running(store) as (compiler, answers):
+        compiler.request(DIGITS)
+        assert await answers.next() == GrammarReady(DIGITS)
+        [child] = psutil.Process().children()
+        child.kill()
+        await until(lambda: not psutil.pid_exists(child.pid))
+        compiler.request(LETTERS)
+        assert await answers.next() == GrammarReady(LETTERS)
+
+
+async def test_a_host_that_gives_no_time_is_to_blame_and_not_the_grammar(
+    store: GrammarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_starts = impostor(tmp_path, monkeypatch, "exec sleep 600")
+    monkeypatch.setattr(grammar_trial, "TRIAL_S", 0.3)
+    async with running(store) as (compiler, answers):
+        compiler.request(DIGITS)
+        failed = await answers.next()
+        assert isinstance(failed, GrammarFailed)
+        assert (failed.code, failed.retryable) == ("overloaded", True)
+        assert "not compiled within 0.3 s" in failed.message
+        assert num_starts() == 1
+        monkeypatch.undo()
+        compiler.request(DIGITS)
+        assert await answers.next() == GrammarReady(DIGITS), "not remembered"
+
+
+async def test_a_process_that_cannot_be_started_is_said_so(
+    store: GrammarStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(store) as (compiler, answers):
+        monkeypatch.setattr(grammar_trial.sys, "executable", "/nowhere")
         compiler.request(LETTERS)
         failed = await answers.next()
         assert isinstance(failed, GrammarFailed)
         assert (failed.code, failed.retryable) == ("unavailable", True)
-        monkeypatch.undo()
-        compiler.request(LETTERS)
-        assert await answers.next() == GrammarReady(LETTERS)
+        assert "/nowhere" in failed.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+async def test_what_crashes_the_compiler_is_refused_for_good(
+    store: GrammarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    num_starts = impostor(tmp_path, monkeypatch, f"kill -{int(number)} $$")
+    async with running(store) as (compiler, answers):
+        for _ in range(2):
+            compiler.request(DIGITS)
+            failed = await answers.next()
+            assert isinstance(failed, GrammarFailed)
+            assert (failed.code, failed.retryable) == ("invalid_request", False)
+        assert num_starts() == 1
+
+
+async def test_memory_that_runs_out_is_named(
+    store: GrammarStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_trial, "TRIAL_MEMORY_BYTES", 2**26)
+    monkeypatch.setattr(grammar_trial, "TRIAL_CPU_S", 60.0)
+    async with running(store) as (compiler, answers):
+        compiler.request(DIGITS)
+        assert await answers.next() == GrammarReady(DIGITS), "a small one fits"
+        compiler.request(ENDLESS)
+        failed = await answers.next()
+        assert isinstance(failed, GrammarFailed)
+        assert (failed.code, failed.retryable) == ("invalid_request", False)
+        assert "needs more than 0.0625 GiB of memory" in failed.message
+
+
+async def test_forgotten_ones_make_way(store: GrammarStore) -> None:
+    """Withdrawn in its trial, which ends with its process, or while it still waits."""
+    endless = [Constraint("grammar", ENDLESS.text + f"// {n}\n") for n in range(40)]
+    async with running(store) as (compiler, answers):
+        for constraint in endless:
+            compiler.request(constraint)
+        await until(lambda: len(psutil.Process().children()) == 2)
+        doomed = psutil.Process().children()
+        compiler.request(DIGITS)
+        assert compiler.num_open == 41
+        for constraint in endless:
+            compiler.forget(constraint)
+        assert compiler.num_open == 1
+        assert await answers.next() == GrammarReady(DIGITS)
+        assert not any(psutil.pid_exists(child.pid) for child in doomed)
+        assert answers.queue.empty()
+
+
+async def test_a_forgotten_one_may_be_asked_for_again_at_once(
+    store: GrammarStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_trial, "TRIAL_CPU_S", 0.5)
+    async with running(store) as (compiler, answers):
+        compiler.request(ENDLESS)
+        await until(lambda: bool(psutil.Process().children()))
+        compiler.forget(ENDLESS)
+        compiler.request(ENDLESS)
+        failed = await answers.next()
+        assert "takes longer than 0.5 s" in getattr(failed, "message", "")
+        compiler.request(DIGITS)
+        assert await answers.next() == GrammarReady(DIGITS)
+        assert answers.queue.empty(), "one answer for each that was not forgotten"
+        compiler.forget(DIGITS)
+        assert compiler.num_open == 0
+
+
+async def test_trials_take_what_serving_leaves(store: GrammarStore) -> None:
+    async with running(store) as (compiler, _):
+        compiler.request(ENDLESS)
+        await until(lambda: any(c.nice() == 19 for c in psutil.Process().children()))
 
 
 async def test_cancelling_ends_a_trial_in_progress(store: GrammarStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from hypothesis import given, settings
 
 from baton.engine.sampler import Sampler
 from baton.engine.sampling.rows import SampleRow
+from baton.engine.sequence import Sequence
 from baton.engine.structured.grammar import Vocabulary
 from baton.engine.structured.masks import GrammarMasks
-from baton.engine.structured.store import GrammarStore
+from baton.engine.structured.store import MAX_KEPT_GRAMMARS, GrammarStore
 from baton.protocol.constraint import Constraint
-from baton.protocol.errors import ConfigError, InvalidRequest
+from baton.protocol.errors import ConfigError, InternalError, InvalidRequest
 from baton.protocol.sampling import SamplingParams
 from tests.support.byte_tokenizer import EOS_ID, VOCAB_SIZE, text_of, write_byte_tokenizer
 
@@ -37,9 +39,13 @@ AGE = Constraint(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> GrammarStore:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrammarStore]:
+    """Somebody holds the two grammars that most tests are about."""
     path = write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return GrammarStore(Vocabulary(path, VOCAB_SIZE, (EOS_ID,)))
+    store = GrammarStore(Vocabulary(path, VOCAB_SIZE, (EOS_ID,)))
+    held = [store.add(constraint) for constraint in (DIGITS, AGE)]
+    yield store
+    assert len(held) == 2
 
 
 def params(constraint: Constraint | None, seed: int = 0, **changes: object) -> SamplingParams:
@@ -53,6 +59,8 @@ def generate(
     store: GrammarStore, sampling: SamplingParams, *, forget_every: int = 0, most: int = 200
 ) -> list[int]:
     """Random logits, drawn from until EOS; the state may be lost on the way."""
+    assert sampling.constraint is not None
+    pinned = store.add(sampling.constraint)
     masks, sampler = GrammarMasks(store), Sampler((EOS_ID,))
     generator = torch.Generator().manual_seed(sampling.seed)
     output: list[int] = []
@@ -65,6 +73,7 @@ def generate(
         output.append(token)
         if forget_every and len(output) % forget_every == 0:
             masks.forget(["s"])
+    assert store.get(sampling.constraint) is pinned
     return output
 
 
@@ -264,14 +273,62 @@ def test_what_cannot_be_compiled_is_refused(
     assert caught.value.param == constraint.kind
 
 
-def test_the_store_forgets_the_oldest_and_compiles_it_again(store: GrammarStore) -> None:
-    for number in range(70):
+def crowd_out(store: GrammarStore) -> None:
+    """As many others as the store keeps."""
+    for number in range(MAX_KEPT_GRAMMARS):
         store.add(Constraint("regex", f"[a-z]{{{number + 1}}}"))
-    assert store.num_kept == 64
-    first = Constraint("regex", "[a-z]{1}")
-    assert not store.has(first)
-    store.matcher(first)
-    assert store.has(first)
+    assert store.num_kept == MAX_KEPT_GRAMMARS
+
+
+def test_the_store_forgets_the_oldest_that_nobody_holds(store: GrammarStore) -> None:
+    held, free = Constraint("regex", "h"), Constraint("regex", "f")
+    pinned = store.add(held)
+    store.add(free)
+    crowd_out(store)
+    assert store.get(free) is None
+    with pytest.raises(InternalError, match="does not hold the regex"):
+        store.matcher(free)
+    assert store.get(held) is pinned
+    crowd_out(store)
+    del pinned
+    assert store.get(held) is None
+
+
+def test_a_step_finds_what_its_sequence_holds_and_never_compiles(
+    store: GrammarStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its matcher is lost and its grammar was crowded out since it began."""
+    sequence = Sequence("s", (1,), [], params(Constraint("regex", "held[0-9]")))
+    assert sequence.sampling.constraint is not None
+    sequence.grammar = store.add(sequence.sampling.constraint)
+    crowd_out(store)
+
+    def compile_it(*_: object) -> None:
+        raise AssertionError("compiled within a step")
+
+    monkeypatch.setattr("baton.engine.structured.store.compile_constraint", compile_it)
+    masks, logits = GrammarMasks(store), torch.zeros(1, VOCAB_SIZE)
+    row = SampleRow("s", sequence.sampling, 1, (1,), [])
+    filled = masks.fill([row])
+    filled.apply(logits)
+    assert filled.errors == {}
+    assert (logits[0] == 0).nonzero()[:, 0].tolist() == [ord("h")]
+    masks.forget(["s"])
+    assert masks.fill([row]).errors == {}
+    sequence.grammar = None
+    masks.forget(["s"])
+    assert masks.fill([row]).errors[0].code == "internal", "nobody holds it any more"
+
+
+def test_a_spent_grammar_is_for_no_new_sequence(store: GrammarStore) -> None:
+    spent = store.add(DIGITS)
+    store.forget(DIGITS)
+    assert store.get(DIGITS) is None
+    store.matcher(DIGITS).compute_bitmask()
+    failed = spent.start
+    assert store.add(DIGITS) is spent, "those that hold it find it"
+    assert spent.start is not failed
+    assert store.get(DIGITS) is spent
 
 
 def test_a_folder_without_a_usable_tokenizer_is_a_config_error(tmp_path: Path) -> None:
