@@ -32,10 +32,14 @@ from router.events import (
 )
 from router.frontend import GenerateSpec, Loads, ModelInfo, Output
 from router.mailbox import Mailbox
+from router.tick_watch import TickWatch
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
+ALLOWED_TICK_S = 2 * TICK_S
+TOLD_LATE_S = 1.0
+"""A tick that is later than this leaves a line in the log."""
 TICKS_PER_ALIVE = 10
 ROLE = "router"
 
@@ -185,9 +189,13 @@ class RouterCore:
 
     async def _tick(self) -> None:
         num_ticks = 0
+        watch = TickWatch(ALLOWED_TICK_S)
         while True:
             await asyncio.sleep(TICK_S)
-            self.feed(Tick())
+            late_s = watch.late_s(self._clock.now())
+            if late_s > TOLD_LATE_S:
+                log.warning("the router did not run for %.1f s; all leases are renewed", late_s)
+            self.feed(Tick(late_s))
             num_ticks += 1
             if num_ticks % TICKS_PER_ALIVE == 0:
                 self._execute(self._decider.alive(self._clock.now()))

@@ -172,8 +172,8 @@ class RouterDecider:
             case DrainAll():
                 self._draining = True
                 return []
-            case Tick():
-                return self._tick(now)
+            case Tick(late_s):
+                return self._tick(late_s, now)
 
     def _wire_id(self, spec: GenerateSpec) -> str:
         self._num_choices += 1
@@ -351,8 +351,12 @@ class RouterDecider:
         if all(c.is_over for c in self._requests[request_id]):
             del self._requests[request_id]
 
-    def _tick(self, now: float) -> list[Instruction]:
+    def _tick(self, late_s: float, now: float) -> list[Instruction]:
         instructions: list[Instruction] = []
+        if late_s:
+            self._members.renew(late_s, now)
+            for choice in self._choices.values():
+                choice.queued_at = min(now, choice.queued_at + late_s)
         for worker_id in self._members.silent(now):
             instructions += self._lost(worker_id, "it sent no report", now)
         for choice in self._late(now):

@@ -51,7 +51,9 @@ class DrainAll:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    pass
+    """``late_s``: so long, before this tick, the router did not run and could hear nobody."""
+
+    late_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,11 @@ class Members:
         member.machine.move(MemberEvent.LOST, now)
         return True
 
+    def renew(self, late_s: float, now: float) -> None:
+        """For ``late_s`` nobody listened here: reports of that time are still to be read."""
+        for member in self._members.values():
+            member.seen_at = min(now, member.seen_at + late_s)
+
     def silent(self, now: float) -> list[str]:
         """Ids of the members that have not been heard for a whole lease."""
         return [

@@ -52,6 +52,7 @@ from router.events import (
     ToWorker,
 )
 from router.frontend import GenerateSpec, Output
+from router.tick_watch import TickWatch
 from tests.support.tiny_text import END_ID, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -407,6 +408,49 @@ def test_a_silent_worker_is_lost_and_a_report_keeps_it() -> None:
     assert router(FromWorker("m-0", report), 4.0) == []
     assert router(Tick(), 5.1) == [Disconnect("m-1")]
     assert [w.state for w in router.decider.loads(5.1).workers] == ["up", "down"]
+
+
+def test_time_in_which_the_router_slept_is_no_silence_of_its_workers() -> None:
+    router = Router("p-0", "d-0", worker_lease_s=5.0)
+    [sent] = router.dispatched(spec())
+    router.tokens("p-0", item(body_of([sent]), 0, A))
+    assert router(Tick(late_s=29.0), 30.0) == [], "a second of silence, then it slept"
+    assert {w.state for w in router.decider.loads(30.0).workers} == {"up"}
+    assert router(Tick(), 34.0) == []
+    lost = [i for i in router(Tick(), 34.1) if isinstance(i, Disconnect)]
+    assert lost == [Disconnect("p-0"), Disconnect("d-0")], "what was left of the lease goes on"
+
+
+def test_a_worker_heard_since_the_router_woke_has_one_lease_and_no_more() -> None:
+    router = Router("m-0", worker_lease_s=5.0)
+    router.up("m-0", "2", now=10.0)
+    assert router(Tick(late_s=9.0), 10.1) == []
+    assert router(Tick(), 15.1) == []
+    assert router(Tick(), 15.2) == [Disconnect("m-0")]
+
+
+def test_a_request_that_waits_for_a_worker_waits_while_the_router_is_awake() -> None:
+    router = Router("m-0", worker_lease_s=60.0)
+    router.dispatched(spec())
+    router(Gone("m-0", "1"), 1.0)
+    assert router(Tick(late_s=30.0), 32.0) == []
+    [sent] = router.up("m-0", "2", now=33.0)[-1:]
+    assert body_of([sent]).attempt == 1
+
+
+@pytest.mark.parametrize(
+    ("ticks", "late"),
+    [
+        ([5.0], [0.0]),
+        ([5.0, 5.1, 5.3], [0.0, 0.0, 0.0]),
+        ([5.0, 12.2, 12.3, 13.5], [0.0, 7.0, 0.0, 1.0]),
+    ],
+)
+def test_a_tick_is_late_by_what_is_over_the_time_allowed(
+    ticks: list[float], late: list[float]
+) -> None:
+    watch = TickWatch(0.2)
+    assert [watch.late_s(now) for now in ticks] == pytest.approx(late)
 
 
 def test_what_a_worker_counts_stands_in_its_load_under_the_same_name() -> None:
