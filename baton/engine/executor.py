@@ -34,6 +34,7 @@ from baton.engine.preemption import EngineRates
 from baton.engine.sampler import Sampler
 from baton.engine.sampling.drafts import kept_draws, rows_of
 from baton.engine.sampling.finite import NOT_FINITE, zero_bad_rows
+from baton.engine.sampling.kernel_draw import draw_for
 from baton.engine.sampling.prompt_logprobs import PromptScorer
 from baton.engine.step_inputs import StepInputs, StepShape, build_inputs
 from baton.engine.structured.grammar import Vocabulary
@@ -77,7 +78,7 @@ class Executor:
         self.block_bytes = cache.layout.bytes_per_token * cache.block_size
         """Of one KV block on this rank, all layers."""
         self.swap_rates = EngineRates() if swap_space is None else swap_space.measure()
-        self._sampler = Sampler(spec.eos_token_ids)
+        self._sampler = Sampler(spec.eos_token_ids, draw_for(device))
         self._shape = StepShape(
             vocab_size=spec.vocab_size,
             num_blocks=cache.num_blocks,

@@ -14,6 +14,7 @@ from torch import Tensor
 from baton.engine.plan import SampledToken
 from baton.engine.sampling.apply import Ruled, apply_rules
 from baton.engine.sampling.draw import draw_tokens
+from baton.engine.sampling.kernel_draw import Draw
 from baton.engine.sampling.logprobs import token_logprobs
 from baton.engine.sampling.rows import SampleRow
 from baton.engine.sampling.rules import SequenceRules, has_rules
@@ -25,8 +26,10 @@ MAX_KEPT_SEQUENCES = 4_096
 
 
 class Sampler:
-    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, eos_token_ids: Sequence[int], draw: Draw = draw_tokens) -> None:
+        """draw: for the device that the logits are on."""
         self._eos_token_ids = tuple(eos_token_ids)
+        self._draw = draw
         self._kept: dict[str, SequenceRules] = {}
         """By sequence id, the one used last at the end."""
 
@@ -54,7 +57,7 @@ class Sampler:
             apply_rules(logits, ruled)
         if masks is not None:
             masks.apply(logits)
-        token_ids = draw_tokens(logits, params, [row.position for row in rows])
+        token_ids = self._draw(logits, params, [row.position for row in rows])
         found: dict[int, TokenLogprobs] = {}
         if plain is not None:
             num_best = [params[i].num_logprobs for i in asked]

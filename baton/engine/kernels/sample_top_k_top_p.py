@@ -1,12 +1,12 @@
 """One draw per row: temperature, min-p, top-k, top-p, as ``engine.sampling.draw`` has them.
 
 logits: ``[B, V]`` float32; finite, or -inf for what must not be drawn; one of a row is finite at
-least. temperature: ``[B]`` float32; 0 takes the first of the best. min_p: ``[B]``; 0 keeps all,
-else what is lighter than ``min_p`` times the best goes. top_k: ``[B]`` int32, 0 keeps all; at the
-edge ties go to the lower id. top_p: ``[B]``; 1 keeps all, else the fewest heaviest of what is left
-whose weight reaches ``top_p`` of it stay. uniforms: ``[B]`` in [0, 1): the kept tokens' cumulative
-weight, in the order of their ids, is inverted at it. Returns token ids, ``[B]`` int64. Sums are
-float64. No row looks at another.
+least. The others are ``[B]``, of any type of number. temperature: 0 takes the first of the best.
+min_p: 0 keeps all, else what is lighter than ``min_p`` times the best goes. top_k: a whole number,
+0 keeps all; at the edge ties go to the lower id. top_p: 1 keeps all, else the fewest heaviest of
+what is left whose weight reaches ``top_p`` of it stay. uniforms, in [0, 1): the kept tokens'
+cumulative weight, in the order of their ids, is inverted at it. Returns token ids, ``[B]`` int64.
+Sums are float64. No row looks at another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baton.engine.kernels.jit import AVAILABLE, jit, tl
+from baton.engine.kernels.jit import AVAILABLE, jit, jit_sizes, tl
 
 COLUMNS_PER_STEP = 4096
 MIN_TEMPERATURE = 1e-30
@@ -84,7 +84,7 @@ def sample_top_k_top_p_triton(
     return out
 
 
-@jit
+@jit_sizes(tables=("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniforms_ptr"))
 def _sample_kernel(
     out_ptr: tl.tensor,
     logits_ptr: tl.tensor,

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from baton.engine.kernels.registry import REFERENCES, TRITON
+from baton.protocol.sampling import SamplingParams
 
 UNREADABLE_BLOCK = 2**30
 """Stands behind a sequence's last block: reading that block ends the process."""
@@ -112,3 +114,19 @@ def sampling_inputs(num_rows: int, vocab_size: int, device: str) -> list[Tensor]
     uniforms = torch.rand(num_rows, dtype=torch.float64)
     uniforms[-1] = 1 - 2**-53
     return [x.to(device) for x in (logits, temperature, top_k, top_p, min_p, uniforms)]
+
+
+def requests(num_rows: int, vocab_size: int) -> list[SamplingParams]:
+    """Every combination of filters, greedy rows between them."""
+    rng = np.random.default_rng(4)
+    temperatures, top_ks = (0.0, 0.3, 1.0, 1.7), (0, 1, 40, vocab_size, 2**40)
+    return [
+        SamplingParams(
+            temperature=temperatures[n % 4],
+            top_k=top_ks[n % 5],
+            top_p=(1.0, 0.9, 0.31)[n % 3],
+            min_p=(0.0, 0.05)[n // 4 % 2],
+            seed=int(rng.integers(0, 2**63)),
+        )
+        for n in range(num_rows)
+    ]

@@ -10,12 +10,18 @@ import pytest
 import torch
 
 from baton.engine.kernels.registry import REFERENCES, TRITON
+from baton.engine.sampler import Sampler
+from baton.engine.sampling.draw import draw_tokens
+from baton.engine.sampling.kernel_draw import drawn_by
+from baton.engine.sampling.rows import SampleRow
+from baton.protocol.sampling import SamplingParams
 from tests.unit.engine.kernels.cases import (
     assert_close,
     both,
     check,
     paged,
     randn,
+    requests,
     sampling_inputs,
 )
 
@@ -246,6 +252,22 @@ def test_sampling_walks_a_vocabulary_of_several_steps() -> None:
         "sample_top_k_top_p", logits, temperature, top_k, top_p, min_p * 0, uniforms
     )
     assert torch.equal(expected, found)
+
+
+def test_the_sampler_draws_by_the_kernel_what_it_draws_without() -> None:
+    """Through the sampler, with rules and log-probabilities, ties and tokens that are out."""
+    params = requests(24, 997)
+    params[7] = SamplingParams(seed=3, repetition_penalty=1.4, logit_bias=((4, 9.0),))
+    params[8] = SamplingParams(seed=4, allowed_token_ids=(5, 700), num_logprobs=3)
+    rows = [SampleRow(f"s{n}", p, 7 + n, (1, 2), (4,)) for n, p in enumerate(params)]
+    logits = 4 * torch.randn(24, 997)
+    logits[::3] = logits[::3].round()
+    logits[:, ::11] = float("-inf")
+    logits[8, 5] = 1.0
+    draws = (draw_tokens, drawn_by(TRITON.sample_top_k_top_p))
+    plain, by_kernel = (Sampler((0,), draw).sample(logits.clone(), rows) for draw in draws)
+    assert by_kernel == plain
+    assert len({sampled.token_id for sampled in plain}) > 9
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from baton.engine.kernels.registry import TRITON
+from baton.engine.sampling.draw import draw_tokens
+from baton.engine.sampling.kernel_draw import draw_for
 from tests.unit.engine.kernels.cases import (
     Paged,
     assert_close,
@@ -13,6 +15,7 @@ from tests.unit.engine.kernels.cases import (
     check,
     paged,
     randn,
+    requests,
     sampling_inputs,
 )
 
@@ -158,6 +161,16 @@ def test_sampling() -> None:
     expected, found = both("sample_top_k_top_p", *sampling_inputs(64, 128_256, CUDA))
     # exp differs from the reference's in the last bit, which may move a draw at a border.
     assert (expected != found).sum().item() <= 1
+
+
+def test_draws_by_the_kernel_are_those_without() -> None:
+    params, positions = requests(512, 128_256), range(512)
+    logits = 3 * torch.randn(512, 128_256, device=CUDA)
+    plain = draw_tokens(logits, params, positions)
+    assert draw_for(torch.device(CUDA)) is not draw_tokens
+    by_kernel = draw_for(torch.device(CUDA))(logits, params, positions)
+    # exp2 for exp differs in the last bit, which may move a draw at a border.
+    assert (by_kernel != plain).sum().item() <= 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
