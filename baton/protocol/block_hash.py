@@ -28,7 +28,17 @@ def root_key(tenant: str = "", quality: str = EXACT) -> BlockKey:
     return BlockKey(blake2b(salt, digest_size=KEY_BYTES, person=b"baton kv root").digest())
 
 
+_BLOCK = blake2b(digest_size=KEY_BYTES, person=b"baton kv")
+
+
+@lru_cache(maxsize=16)
+def _layout(num_tokens: int) -> struct.Struct:
+    return struct.Struct(f"<{KEY_BYTES}s{num_tokens}I")
+
+
 def block_key(parent: BlockKey, token_ids: Sequence[int]) -> BlockKey:
     """The key of a full block of ``token_ids`` behind the block (or root) named ``parent``."""
-    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
-    return BlockKey(blake2b(parent + packed, digest_size=KEY_BYTES, person=b"baton kv").digest())
+    # A scheduler names some hundred blocks a step: parsing nothing anew halves what that takes.
+    block = _BLOCK.copy()
+    block.update(_layout(len(token_ids)).pack(parent, *token_ids))
+    return BlockKey(block.digest())
