@@ -1,0 +1,144 @@
+"""``split``: lossless and of nearly fixed length. Most of a float's exponent bits say little.
+
+In KV, nearly all exponents of a layer lie within a window of 15 values. So an exponent becomes a
+4-bit distance from the window's begin; 15 says that it is not in the window, and then the exponent
+itself is in a list behind. float16 has 5 exponent bits: its window has 7 values and 3-bit codes.
+A bfloat16 takes 12 bits, a float16 14, a float32 28, and an exponent outside the window 8 more.
+
+A section is two runs, K and V, of ``n = tokens * kv_heads * head_dim`` elements each:
+
+    bytes              what
+    1                  begin of the window
+    3                  zero
+    4                  number of escapes
+    codes              4 bits each: byte j has element j low, element j + ceil(n / 2) high
+    body_bytes * n     the rest of each element (``float_forms``)
+    escapes            exponents outside the window, one byte each
+
+A float16's codes have 6 bits: sign, 2 high bits of the mantissa, 3 of distance. Three planes of
+``q = ceil(n / 4)`` bytes hold those of elements j, j + q, j + 2q and j + 3q. Escapes are in order
+of j, and within it of elements. Neighbours in a byte are far apart in the array, so that a CPU's
+vectors and a GPU's threads read and write whole lines.
+"""
+
+from __future__ import annotations
+
+import struct
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kv_transfer.codecs import split_compiled
+from kv_transfer.codecs.container import (
+    Form,
+    StreamWriter,
+    header_for,
+    read_raw,
+    read_sections,
+)
+from kv_transfer.codecs.contract import (
+    Array,
+    Bytes,
+    CodecError,
+    KvGeometry,
+    KvPart,
+    Quality,
+    num_elements,
+)
+from kv_transfer.codecs.float_forms import FORMS, U8, FloatForm, bits_of
+
+SAMPLE_STRIDE = 7
+"""Every seventh exponent chooses the window: coprime with any head_dim, so all channels count."""
+_RUN_HEAD = struct.Struct("<B3sI")
+_ZEROS = bytes(3)
+
+
+def choose_window(form: FloatForm, symbols: U8) -> int:
+    """Begin of the window with most of the sampled exponents; the first of equals."""
+    sampled = symbols[::SAMPLE_STRIDE]
+    sample: Array = sampled >> 2 & 31 if form.dtype == "float16" else sampled
+    counts: NDArray[Any] = np.bincount(sample, minlength=form.num_exponents)
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    return int(np.argmax(ends[form.window :] - ends[: -form.window]))
+
+
+class SplitCodec:
+    """implementation: ``split_compiled`` or ``split_reference``."""
+
+    name = "split"
+    quality = Quality.EXACT
+
+    def __init__(self, geometry: KvGeometry, implementation: ModuleType = split_compiled) -> None:
+        self._geometry = geometry
+        self._form = FORMS[geometry.dtype]
+        self._kernels = implementation
+
+    def encode(self, kv: Array, part: KvPart) -> Bytes:
+        header = header_for(self.name, self._geometry, kv)
+        n = num_elements(kv.shape) // 2
+        # A run of nothing but escapes outgrows the raw bytes before that is found out.
+        longest = 2 * (self._fixed_bytes(n) + n)
+        writer = StreamWriter(header, max(0, longest - header.layer_bytes))
+        symbols = np.empty(n, np.uint8)
+        for layer in kv:
+            room, end = writer.room(), 0
+            for run in layer:
+                end += self._encode_run(bits_of(run), symbols, room[end:])
+            if end < header.layer_bytes:
+                writer.commit(end)
+            else:
+                writer.commit_raw(layer)
+        return writer.finish()
+
+    def decode(self, stream: Bytes, part: KvPart, out: Array) -> None:
+        sections = read_sections(stream, header_for(self.name, self._geometry, out))
+        symbols = np.empty(num_elements(out.shape) // 2, np.uint8)
+        for section, layer in zip(sections, out, strict=True):
+            if section.form is Form.RAW:
+                read_raw(section, layer)
+                continue
+            coded = np.frombuffer(section.data, np.uint8)
+            for run in layer:
+                coded = coded[self._decode_run(coded, symbols, bits_of(run)) :]
+            if coded.size:
+                raise CodecError(f"a section of split floats has {coded.size} bytes too many")
+
+    def _code_bytes(self, n: int) -> int:
+        num_groups = -(-n // self._form.group)
+        return num_groups * self._form.group_bytes
+
+    def _fixed_bytes(self, n: int) -> int:
+        """Of a run of ``n`` elements, without its escapes."""
+        return _RUN_HEAD.size + self._code_bytes(n) + n * self._form.body_bytes
+
+    def _encode_run(self, bits: Array, symbols: U8, room: U8) -> int:
+        """Bytes written to the front of ``room``."""
+        n, form = bits.size, self._form
+        body_at, fixed = _RUN_HEAD.size + self._code_bytes(n), self._fixed_bytes(n)
+        self._kernels.take_apart(form, bits, symbols, room[body_at:fixed])
+        begin = choose_window(form, symbols)
+        num_escapes: int = self._kernels.pack(
+            form, symbols, begin, room[_RUN_HEAD.size : body_at], room[fixed : fixed + n]
+        )
+        _RUN_HEAD.pack_into(room.data, 0, begin, _ZEROS, num_escapes)
+        return fixed + num_escapes
+
+    def _decode_run(self, coded: U8, symbols: U8, bits: Array) -> int:
+        """Bytes taken from the front of ``coded``. Raises CodecError."""
+        n, form = bits.size, self._form
+        body_at, fixed = _RUN_HEAD.size + self._code_bytes(n), self._fixed_bytes(n)
+        if coded.size < fixed:
+            raise CodecError(f"a run of {n} split floats has {coded.size} bytes")
+        begin, zeros, num_escapes = _RUN_HEAD.unpack_from(coded.data)
+        end: int = fixed + num_escapes
+        if begin > form.last_window or zeros != _ZEROS or end > coded.size:
+            raise CodecError(f"split floats with window {begin} and {num_escapes} escapes")
+        used = self._kernels.unpack(
+            form, coded[_RUN_HEAD.size : body_at], coded[fixed:end], begin, symbols
+        )
+        if used != num_escapes:
+            raise CodecError(f"split floats list {num_escapes} escapes and do not use as many")
+        self._kernels.put_together(form, symbols, coded[body_at:fixed], bits)
+        return end
