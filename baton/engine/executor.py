@@ -259,13 +259,22 @@ class Executor:
         num_tokens: int,
         layer_start: int,
         num_layers: int,
+        out: memoryview | None = None,
     ) -> memoryview:
-        """An own copy of some tokens' K and V: ``[layers, 2, tokens, kv_heads, head_dim]``."""
-        own = self._cache.read(block_table, start, num_tokens, layer_start, num_layers)
+        """A copy of some tokens' K and V: ``[layers, 2, tokens, kv_heads, head_dim]``.
+
+        In ``out`` where given (writable, of exactly that size), else in memory of its own.
+        """
+        place = (block_table, start, num_tokens, layer_start, num_layers)
         if self._ranks is None:
-            return own
-        asked = ReadKv(self._ranks.range(block_table, start, num_tokens, layer_start, num_layers))
-        return join_heads([own, *self._ranks.ask([asked] * (self._ranks.size - 1))], self.layout)
+            return self._cache.read(*place, out)
+        own = self._cache.read(*place)
+        asked = ReadKv(self._ranks.range(*place))
+        whole = join_heads([own, *self._ranks.ask([asked] * (self._ranks.size - 1))], self.layout)
+        if out is None:
+            return whole
+        out[:] = whole
+        return out
 
     @torch.inference_mode()
     def write_kv(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from baton.engine.kernels.registry import kernels_for
 from baton.protocol.errors import InternalError
 from baton.protocol.layout import KvLayout
 
@@ -28,6 +29,9 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """Raises ConfigError for a GPU whose kernels cannot be compiled here."""
+        self._kernels = kernels_for(device) if device.type == "cuda" else None
+        """What moves tokens; torch's own indexing on a CPU."""
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -63,15 +67,24 @@ class KvCache:
         num_tokens: int,
         layer_start: int,
         num_layers: int,
+        out: memoryview | None = None,
     ) -> memoryview:
-        """Bytes of positions ``start .. start + num_tokens - 1``: an own contiguous copy.
+        """Bytes of positions ``start .. start + num_tokens - 1``: a contiguous copy.
 
-        Shape ``[num_layers, 2, num_tokens, kv_heads, head_dim]``, as ``KvLayout`` says.
+        Shape ``[num_layers, 2, num_tokens, kv_heads, head_dim]``, as ``KvLayout`` says. In
+        ``out`` where given (writable, aligned to the dtype, of exactly that size), else in
+        memory of its own.
         """
         slots = self._slots(block_table, start, num_tokens)
-        layers = self._layers(layer_start, num_layers)
-        copy = self._rows[layers].index_select(2, slots).cpu()
-        return copy.reshape(-1).view(torch.uint8).numpy().data
+        rows = self._rows[self._layers(layer_start, num_layers)]
+        if self._kernels is not None:
+            found = self._kernels.gather_blocks(self.blocks, slots, layer_start, num_layers)
+            return _copied_to_host(found, out)
+        if out is None:
+            return _bytes_of(rows.index_select(2, slots))
+        target = torch.frombuffer(out, dtype=rows.dtype).view(*rows.shape[:2], num_tokens, -1)
+        torch.index_select(rows, 2, slots, out=target)
+        return out
 
     def write(
         self,
@@ -94,10 +107,15 @@ class KvCache:
                 f"{num_layers} layers of {self.layout}"
             )
         # The copy makes read-only and unaligned buffers safe to view as the cache's dtype.
-        staging = torch.empty(num_bytes, dtype=torch.uint8)
+        staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._rows.is_cuda)
         staging.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
-        rows = staging.view(self._rows.dtype).view(shape).to(self._rows.device)
-        self._rows[layers].index_copy_(2, slots, rows)
+        # Page-locked memory is not given to others before the copy out of it is done.
+        rows = staging.view(self._rows.dtype).view(shape).to(self._rows.device, non_blocking=True)
+        if self._kernels is None:
+            self._rows[layers].index_copy_(2, slots, rows)
+        else:
+            rows = rows.view(num_layers, 2, num_tokens, *self.blocks.shape[-2:])
+            self._kernels.scatter_blocks(self.blocks, slots, layer_start, rows)
 
     def _layers(self, layer_start: int, num_layers: int) -> slice:
         total = self.layout.num_layers
@@ -116,6 +134,20 @@ class KvCache:
         ):
             raise InternalError(f"block table {tuple(block_table)}: ids 0 to {self.num_blocks - 1}")
         return torch.from_numpy(slots).to(self._rows.device)
+
+
+def _copied_to_host(rows: Tensor, out: memoryview | None) -> memoryview:
+    """In one copy, in page-locked memory unless ``out`` is given; it is done on return."""
+    if out is not None:
+        torch.frombuffer(out, dtype=rows.dtype).view(rows.shape).copy_(rows)
+        return out
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+    host.copy_(rows)
+    return _bytes_of(host)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def slots_of(block_table: np.ndarray, start: int, num_tokens: int, block_size: int) -> np.ndarray:
