@@ -60,6 +60,47 @@ def decode(coded: U8, index: U8, tables: RansTables, num_lanes: int, out: U8) ->
         raise CodecError(f"rANS stream of {out.size} symbols does not end where it began")
 
 
+def normalise(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """As ``rans.normalise``."""
+    counts = np.ascontiguousarray(counts, np.float64)
+    assert counts.ndim == 2, counts.shape
+    assert (counts >= 0).all()
+    assert (counts.sum(axis=1) > 0).all()
+    out = np.zeros(counts.shape, np.int64)
+    _normalise(counts, out)
+    return out
+
+
+@kernel
+def _normalise(counts: NDArray[np.float64], out: NDArray[np.int64]) -> None:
+    for table in range(counts.shape[0]):
+        row, freqs = counts[table], out[table]
+        num_used, total = 0, 0.0
+        for symbol in range(row.size):
+            total += row[symbol]
+            num_used += row[symbol] > 0
+        excess = -4096
+        for symbol in range(row.size):
+            if row[symbol] > 0:
+                share = np.rint(row[symbol] / (total / 4096))
+                freqs[symbol] = min(max(np.int64(share), 1), 4095)
+                excess += freqs[symbol]
+        if num_used == 1:
+            freqs[1 if row[0] > 0 else 0] = 1
+            continue
+        while excess != 0:
+            best, at = -1.0, 0
+            for symbol in range(row.size):
+                freq = freqs[symbol]
+                if excess < 0 and freq > 0 and row[symbol] / (2 * freq + 1) > best:
+                    best, at = row[symbol] / (2 * freq + 1), symbol
+                if excess > 0 and freq > 1 and (best < 0 or row[symbol] / (2 * freq - 1) < best):
+                    best, at = row[symbol] / (2 * freq - 1), symbol
+            step = -1 if excess > 0 else 1
+            freqs[at] += step
+            excess += step
+
+
 @primitive
 def put_symbol(x: Any, span: Any, reciprocal: Any) -> Any:
     """The state with the symbol; ``x < freq << 20`` must hold. For kernels."""
