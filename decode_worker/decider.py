@@ -51,6 +51,7 @@ class FrameArrived:
     frame: KvFrame
     num_bytes: int
     checksum: int
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,8 @@ class DecodeDecider:
         match event:
             case FromPeer(peer_key, sender_id, _, message):
                 return self._from_peer(peer_key, sender_id, message, now)
-            case FrameArrived(frame, num_bytes, checksum):
-                return [*self._receiver.frame(frame, num_bytes, checksum, now)]
+            case FrameArrived(frame, num_bytes, checksum, transport):
+                return [*self._receiver.frame(frame, num_bytes, checksum, now, transport)]
             case EndArrived(end):
                 return self._received(self._receiver.end(end, now), now)
             case StepWanted():

@@ -38,7 +38,7 @@ def arrived_job(arrived: Arrived, now: float) -> tuple[DecodeJob, Sequence]:
         transfer_bytes=arrived.num_bytes,
         transfer_frames=arrived.num_frames,
         codec=RAW,
-        transport="zeromq",
+        transport=arrived.transport,
     )
     deadline_at = arrived.asked_at + body.deadline_in_s
     sequence = sequence_of(arrived.transfer_id, body)

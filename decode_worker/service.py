@@ -10,14 +10,16 @@ from baton.engine.block_pool import BlockPool
 from baton.engine.executor import Executor
 from baton.engine.scheduler import Scheduler
 from baton.protocol.clock import Clock
-from baton.protocol.messages import Hello, HelloReply, KvFrame, TransferEnd
+from baton.protocol.messages import Hello, HelloReply, KvFrame, KvOffer, TransferEnd
 from baton.protocol.spec import WorkerSpec
 from baton.worker.events import ShellFacts
 from baton.worker.shell import WorkerShell
 from decode_worker.decider import DecodeDecider, EndArrived, FrameArrived
 from kv_transfer.instructions import ToPrefill, WriteKv
+from kv_transfer.puller import KvPuller
 from kv_transfer.receiver import Receiver
-from kv_transfer.zeromq import TRANSPORT, KvPuller
+from kv_transfer.transports.choose import FALLBACK
+from kv_transfer.transports.make import Receivers
 
 
 class DecodeService:
@@ -60,19 +62,20 @@ class DecodeService:
             facts=self._facts,
             grammars=executor.grammars,
         )
-        self._puller = KvPuller(self._context, self._on_frame, self._on_end)
-        self._kv_address = ""
+        self._puller = KvPuller(self._on_frame, self._on_end)
+        self._receivers = Receivers(spec.kv_transfer.transport, self._context, self._puller.handler)
+        self._kv_offers: tuple[KvOffer, ...] = ()
         self._payload: memoryview | None = None
 
     def bind(self) -> str:
         """Raises ConfigError when the host cannot be bound."""
-        self._kv_address = self._puller.bind(self._spec.host)
+        self._kv_offers = self._receivers.bind(self._spec.host)
         return self._shell.server.bind(self._spec.host)
 
     async def run(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._puller.run(), name="kv")
+                group.create_task(self._receivers.run(), name="kv")
                 group.create_task(self._shell.run(), name="shell")
         finally:
             self._context.destroy(linger=0)
@@ -86,14 +89,15 @@ class DecodeService:
             incarnation=self._incarnation,
             role=self._spec.pool.role,
             layout_fingerprint=self._executor.layout.fingerprint(),
-            kv_address=self._kv_address,
+            kv_address=next(o.address for o in self._kv_offers if o.transport == FALLBACK),
             capacity_tokens=engine.num_blocks * engine.block_size,
+            kv_offers=self._kv_offers,
         )
 
-    def _on_frame(self, frame: KvFrame, payload: memoryview, checksum: int) -> None:
+    def _on_frame(self, frame: KvFrame, payload: memoryview, checksum: int, transport: str) -> None:
         """WriteKv comes back, if at all, while this very frame is being fed."""
         self._payload = payload
-        self._shell.feed(FrameArrived(frame, payload.nbytes, checksum))
+        self._shell.feed(FrameArrived(frame, payload.nbytes, checksum, transport))
         self._payload = None
 
     def _on_end(self, end: TransferEnd) -> None:
@@ -117,9 +121,10 @@ class DecodeService:
                 raise AssertionError(f"unknown instruction {instruction!r}")
 
     def _facts(self) -> ShellFacts:
+        received = self._receivers.bytes_by_kind()
         return ShellFacts(
             kv_bytes_sent=0,
-            kv_bytes_received=self._puller.num_bytes,
-            kv_transport=TRANSPORT,
+            kv_bytes_received=sum(received.values()),
+            kv_transport="+".join(sorted(received)),
             num_tasks=len(asyncio.all_tasks()),
         )

@@ -87,6 +87,8 @@ class Arrived:
     transfer_s: float
     num_bytes: int
     num_frames: int
+    transport: str = ""
+    """That brought the last frame."""
 
 
 SendInstruction = ToDecode | PushKv | PushEnd | CancelPush | SendClosed

@@ -49,6 +49,7 @@ class _Incoming:
     first_frame_at: float | None = None
     epoch: int = 0
     blocks: tuple[int, ...] = ()
+    transport: str = ""
 
 
 class Receiver:
@@ -170,9 +171,10 @@ class Receiver:
         return epoch
 
     def frame(
-        self, frame: KvFrame, num_bytes: int, checksum: int, now: float
+        self, frame: KvFrame, num_bytes: int, checksum: int, now: float, transport: str = ""
     ) -> list[ReceiveInstruction]:
-        """``checksum`` is CRC-32 of the payload that arrived. Stale frames vanish here."""
+        """``checksum`` is CRC-32 of the payload that arrived, by that transport. Stale frames
+        vanish here."""
         incoming = self._current(frame.transfer_id, frame.epoch)
         if incoming is None:
             return []
@@ -185,6 +187,7 @@ class Receiver:
         if incoming.first_frame_at is None:
             incoming.first_frame_at = now
         incoming.coverage.add(frame)
+        incoming.transport = transport
         return [WriteKv(frame, incoming.blocks)]
 
     def end(self, end: TransferEnd, now: float) -> list[ReceiveInstruction]:
@@ -225,6 +228,7 @@ class Receiver:
                 transfer_s=now - (incoming.first_frame_at or now),
                 num_bytes=coverage.num_bytes,
                 num_frames=coverage.num_frames,
+                transport=incoming.transport,
             ),
         ]
 

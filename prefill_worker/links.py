@@ -1,22 +1,28 @@
 """This worker's connections to decode workers: a message link and a KV link each.
 
-Made when first needed, closed when unused for a while. No decisions: a refusal is an event.
+Made when first needed, closed when unused for a while. Decides nothing but the KV link's
+transport, which ``kv_transfer.transports.choose`` orders: a refusal is an event.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq.asyncio
 
 from baton.messaging.link import Link
-from baton.protocol.errors import WireError
+from baton.protocol.config import KvTransferConfig
+from baton.protocol.errors import IncompatiblePeer, WireError
 from baton.protocol.layout import KvLayout
-from baton.protocol.messages import AnyMessage, Hello, HelloReply, Message, WorkerRef
+from baton.protocol.messages import AnyMessage, Hello, HelloReply, KvOffer, Message, WorkerRef
 from kv_transfer.instructions import PushEnd, PushKv
-from kv_transfer.zeromq import KvPusher, ReadKv
+from kv_transfer.pusher import KvPusher, ReadKv
+from kv_transfer.transports.choose import offers_of
+from kv_transfer.transports.make import make_sender
+from kv_transfer.transports.uplink import Uplink
 
 IDLE_S = 120.0
 
@@ -25,9 +31,10 @@ IDLE_S = 120.0
 class _Connection:
     link: Link
     pusher: KvPusher
+    uplink: Uplink
     tasks: list[asyncio.Task[None]]
     used_at: float
-    kv_address: str = ""
+    is_greeted: bool = False
 
 
 class DecodeLinks:
@@ -36,7 +43,7 @@ class DecodeLinks:
         context: zmq.asyncio.Context,
         hello: Hello,
         layout: KvLayout,
-        max_frame_bytes: int,
+        config: KvTransferConfig,
         read_kv: ReadKv,
         *,
         on_message: Callable[[WorkerRef, AnyMessage], None],
@@ -45,17 +52,28 @@ class DecodeLinks:
         self._context = context
         self._hello = hello
         self._layout = layout
-        self._max_frame_bytes = max_frame_bytes
+        self._config = config
         self._read_kv = read_kv
         self._on_message = on_message
         self._on_refused = on_refused
         self._connections: dict[WorkerRef, _Connection] = {}
         self._group: asyncio.TaskGroup | None = None
-        self._closed_bytes = 0
+        self._closed_bytes: Counter[str] = Counter()
 
-    @property
-    def num_bytes(self) -> int:
-        return self._closed_bytes + sum(c.pusher.num_bytes for c in self._connections.values())
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Payload bytes sent since start, by transport."""
+        counts = Counter(self._closed_bytes)
+        for connection in self._connections.values():
+            counts.update(connection.uplink.bytes_by_kind())
+        return dict(counts)
+
+    def reasons(self) -> dict[str, tuple[str, str]]:
+        """(transport, why that one) of each decode worker that has a KV link now."""
+        return {
+            decode.worker_id: (connection.uplink.kind, connection.uplink.reason)
+            for decode, connection in self._connections.items()
+            if connection.uplink.kind
+        }
 
     async def run(self) -> None:
         """Own the links' tasks until cancelled."""
@@ -105,9 +123,15 @@ class DecodeLinks:
             on_reply=lambda reply: self._greeted(decode, reply),
         )
         link.connect()
-        pusher = KvPusher(self._context, self._layout, self._max_frame_bytes, self._read_kv)
+        frame_bytes = self._config.max_frame_bytes
+        pusher = KvPusher(self._layout, frame_bytes, self._read_kv)
+        uplink = Uplink(
+            decode.worker_id,
+            self._config.transport,
+            lambda kind: make_sender(kind, self._context, frame_bytes),
+        )
         task = self._group.create_task(link.run(), name=f"link to {decode.worker_id}")
-        return _Connection(link, pusher, [task], now)
+        return _Connection(link, pusher, uplink, [task], now)
 
     def _greeted(self, decode: WorkerRef, reply: HelloReply) -> None:
         connection = self._connections.get(decode)
@@ -117,18 +141,25 @@ class DecodeLinks:
             self._refuse(decode, reply.refusal)
         elif reply.incarnation != decode.incarnation:
             self._refuse(decode, f"{decode.worker_id} is another incarnation by now")
-        elif not connection.kv_address:
+        elif not connection.is_greeted:
             assert self._group is not None
-            try:
-                connection.pusher.connect(reply.kv_address)
-            except WireError as exc:
-                self._refuse(decode, exc.message)
-                return
-            connection.kv_address = reply.kv_address
-            task = self._group.create_task(
-                connection.pusher.run(), name=f"KV to {decode.worker_id}"
-            )
+            connection.is_greeted = True
+            carry = self._carry(decode, connection, offers_of(reply))
+            task = self._group.create_task(carry, name=f"KV to {decode.worker_id}")
             connection.tasks.append(task)
+
+    async def _carry(
+        self, decode: WorkerRef, connection: _Connection, offers: tuple[KvOffer, ...]
+    ) -> None:
+        """Choose the KV link's transport, then push whatever is put, until cancelled."""
+        try:
+            await connection.uplink.open(offers)
+        except IncompatiblePeer as exc:
+            self._refuse(decode, exc.message)
+            return
+        async with asyncio.TaskGroup() as group:
+            group.create_task(connection.uplink.run(), name=f"KV link to {decode.worker_id}")
+            await connection.pusher.run(connection.uplink)
 
     def _refuse(self, decode: WorkerRef, reason: str) -> None:
         self._on_refused(decode, reason)
@@ -136,8 +167,8 @@ class DecodeLinks:
 
     def _close(self, decode: WorkerRef) -> None:
         connection = self._connections.pop(decode)
-        self._closed_bytes += connection.pusher.num_bytes
+        self._closed_bytes.update(connection.uplink.bytes_by_kind())
         connection.link.close()
-        connection.pusher.close()
+        connection.uplink.close()
         for task in connection.tasks:
             task.cancel()

@@ -19,7 +19,6 @@ from baton.worker.shell import WorkerShell
 from kv_transfer.frames import FrameCut
 from kv_transfer.instructions import CancelPush, PushEnd, PushKv, ToDecode
 from kv_transfer.sender import Sender
-from kv_transfer.zeromq import TRANSPORT
 from prefill_worker.decider import ROLE, DecodeRefused, FromDecode, PrefillDecider
 from prefill_worker.links import DecodeLinks
 
@@ -64,7 +63,7 @@ class PrefillService:
             self._context,
             make_hello(spec.worker_id, incarnation, ROLE),
             executor.layout,
-            spec.kv_transfer.max_frame_bytes,
+            spec.kv_transfer,
             self._read_kv,
             on_message=self._on_decode_message,
             on_refused=self._on_decode_refused,
@@ -106,9 +105,11 @@ class PrefillService:
             case _:
                 raise AssertionError(f"unknown instruction {instruction!r}")
 
-    def _read_kv(self, block_table: tuple[int, ...], cut: FrameCut) -> memoryview:
+    def _read_kv(
+        self, block_table: tuple[int, ...], cut: FrameCut, room: memoryview | None
+    ) -> memoryview:
         return self._executor.read_kv(
-            block_table, cut.token_start, cut.num_tokens, cut.layer_start, cut.num_layers
+            block_table, cut.token_start, cut.num_tokens, cut.layer_start, cut.num_layers, room
         )
 
     def _on_decode_message(self, decode: WorkerRef, message: AnyMessage) -> None:
@@ -119,9 +120,10 @@ class PrefillService:
 
     def _facts(self) -> ShellFacts:
         self._links.close_idle(self._clock.now())
+        sent = self._links.bytes_by_kind()
         return ShellFacts(
-            kv_bytes_sent=self._links.num_bytes,
+            kv_bytes_sent=sum(sent.values()),
             kv_bytes_received=0,
-            kv_transport=TRANSPORT,
+            kv_transport="+".join(sorted({kind for kind, _ in self._links.reasons().values()})),
             num_tasks=len(asyncio.all_tasks()),
         )

@@ -44,7 +44,22 @@ class LinkLost(TransferFailed):
     """This sender is of no more use; its owner closes it and makes another."""
 
 
-class KvSender(Protocol):
+class KvOutlet(Protocol):
+    """Where parts for one peer go."""
+
+    async def room(self, num_bytes: int) -> memoryview | None:
+        """Wait until one more payload of at most ``num_bytes`` can go. Raises LinkLost.
+
+        Memory of exactly ``num_bytes`` where the transport has its own, else None.
+        """
+        ...
+
+    async def send(self, head: bytes, payload: memoryview | None) -> None:
+        """Returns when the transport has taken the part. Raises LinkLost."""
+        ...
+
+
+class KvSender(KvOutlet, Protocol):
     """One peer's link. Not bound to a thread, but used from one event loop at a time."""
 
     @property
@@ -63,17 +78,6 @@ class KvSender(Protocol):
     async def connect(self, offer: KvOffer) -> None:
         """Once. Raises LinkLost when the offer leads nowhere from here, within
         CONNECT_DEADLINE_S; ZeroMQ cannot tell, and raises for a malformed address only."""
-        ...
-
-    async def room(self, num_bytes: int) -> memoryview | None:
-        """Wait until one more payload of at most ``num_bytes`` can go. Raises LinkLost.
-
-        Memory of exactly ``num_bytes`` where the transport has its own, else None.
-        """
-        ...
-
-    async def send(self, head: bytes, payload: memoryview | None) -> None:
-        """Returns when the transport has taken the part. Raises LinkLost."""
         ...
 
     def close(self) -> None: ...

@@ -86,7 +86,7 @@ async def test_timeline_tells_each_hop(tmp_path):
         assert list(spans) == ["queued", "prefill", "first_token", "transfer", "decode"]
         assert spans["transfer"].attributes["bytes"] == 64 * KV_BYTES_PER_TOKEN
         assert spans["transfer"].attributes["codec"] == "raw"
-        assert spans["transfer"].attributes["transport"] == "zeromq"
+        assert spans["transfer"].attributes["transport"] == "shared_memory"
         assert spans["decode"].attributes["tokens"] == 7
         assert timeline.tpot_ms is not None
         await assert_no_residue(cluster)

@@ -127,7 +127,7 @@ class Decode(Worker):
         return self.prefill(Reserve(transfer_of(request), LAYOUT.fingerprint(), request), now)
 
     def frame(self, frame: KvFrame, now: float = 0.0, crc: int = CRC) -> list[Any]:
-        return self(FrameArrived(frame, frame.num_bytes, crc), now)
+        return self(FrameArrived(frame, frame.num_bytes, crc, "zeromq"), now)
 
     def arrive(self, request: RequestBody, epoch: int = 1, token_id: int = 42) -> None:
         """The whole hand-over, at time 0."""
