@@ -41,6 +41,7 @@ from baton.engine.structured.grammar import Vocabulary
 from baton.engine.structured.masks import GrammarMasks
 from baton.engine.structured.store import GrammarStore
 from baton.engine.swap_space import SwapSpace
+from baton.engine.warm_up import warm_up, warm_up_tasks
 from baton.engine.weights import Progress, load_parameters
 from baton.protocol.errors import ConfigError, InternalError, RankLost
 from baton.protocol.layout import DTYPE_BYTES, KvLayout
@@ -200,7 +201,8 @@ class Executor:
                 dtype=cache_dtype,
                 device=device,
             )
-            decoder = Decoder(part, assemble(part, parameters, backend), backend, device, group)
+            model = assemble(part, parameters, backend)
+            decoder = Decoder(part, model, backend, device, group)
             grammars = GrammarStore(
                 Vocabulary(folder / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
             )
@@ -208,7 +210,14 @@ class Executor:
             if device.type == "cuda" and group is ALONE:
                 graphs = DecodeGraphs(lambda i: decoder.forward(i, cache), CudaRecorder(device))
             swap_space = SwapSpace(cache, settings.swap_blocks) if settings.swap_blocks else None
-            return cls(spec, layout, decoder, cache, device, ranks, grammars, graphs, swap_space)
+            executor = cls(
+                spec, layout, decoder, cache, device, ranks, grammars, graphs, swap_space
+            )
+            if device.type == "cuda":
+                alone = Decoder(part, model, backend, device)
+                draw = draw_for(device)
+                warm_up(warm_up_tasks(spec, alone, draw, cache, executor._shape))
+            return executor
 
     @property
     def rank_fds(self) -> tuple[int, ...]:

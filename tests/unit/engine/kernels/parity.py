@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from baton.engine.kernels.registry import REFERENCES, TRITON
+from baton.engine.kv_cache import KvCache
 from baton.engine.sampler import Sampler
 from baton.engine.sampling.draw import draw_tokens
 from baton.engine.sampling.kernel_draw import drawn_by
 from baton.engine.sampling.rows import SampleRow
+from baton.protocol.layout import KvLayout
 from baton.protocol.sampling import SamplingParams
 from tests.unit.engine.kernels.cases import (
     assert_close,
@@ -289,3 +291,34 @@ def test_copies_are_equal_to_the_bit_and_skip_slot_minus_one(dtype: torch.dtype)
         )
     assert torch.equal(*stored)
     assert stored[0].count_nonzero().item() == 2 * 2 * 4 * 48 + 2 * 4 * 48
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_moves_the_same_bytes_by_kernels(dtype: str) -> None:
+    layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=24, dtype=dtype, model_digest="")
+    caches = [
+        KvCache(layout, num_blocks=6, block_size=8, dtype=getattr(torch, dtype),
+                device=torch.device("cpu"))
+        for _ in range(2)
+    ]  # fmt: skip
+    plain, by_kernels = caches
+    by_kernels._kernels = TRITON
+    payload = torch.randint(0, 100, (plain.blocks.nbytes,), dtype=torch.uint8).numpy().data
+    for table, start, num_tokens, first, num_layers in (
+        ((5, 0, 3), 3, 15, 1, 2),
+        ((2,), 0, 8, 0, 3),
+        ((4, 1), 7, 2, 2, 1),
+        ((4, 1), 7, 0, 0, 3),
+    ):
+        size = num_layers * num_tokens * layout.bytes_per_token_layer
+        for cache in caches:
+            cache.write(table, start, num_tokens, first, num_layers, payload[1 : 1 + size])
+        assert torch.equal(by_kernels.blocks, plain.blocks)
+        expected = bytes(plain.read(table, start, num_tokens, first, num_layers))
+        assert expected == bytes(payload[1 : 1 + size])
+        assert bytes(by_kernels.read(table, start, num_tokens, first, num_layers)) == expected
+        if size:
+            out = memoryview(bytearray(size))
+            found = by_kernels.read(table, start, num_tokens, first, num_layers, out)
+            assert found is out
+            assert bytes(out) == expected
