@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from baton.engine.structured.grammar import Vocabulary
 from baton.protocol.constraint import Constraint
@@ -25,8 +26,10 @@ TRIAL_CPU_S = 5.0
 TRIAL_MEMORY_BYTES = 4 * 2**30
 TRIAL_S = 60.0
 """By the clock, where a process gets no CPU."""
+TRIAL_GRACE_S = 0.5
 TRIAL_NICENESS = 19
-"""What strangers write takes the CPU that serving leaves."""
+"""A constraint that takes longer than ``TRIAL_GRACE_S`` goes on with the CPU that serving leaves.
+Not from the start: where serving leaves none, a millisecond of work would take half a minute."""
 STREAM_LIMIT_BYTES = 2**20
 CRASHES = frozenset(
     {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGPROF}
@@ -87,54 +90,93 @@ class Trial:
         if self._process is not None and self._process.returncode is not None:
             await self.end()
         try:
-            process = self._process or await self._start()
-        except OSError as exc:
-            return Unavailable(f"no process can be started to compile grammars: {exc}")
-        assert process.stdin is not None
-        assert process.stdout is not None
-        if self._is_abandoned:
-            return None
-        asked = json.dumps({"kind": constraint.kind, "text": constraint.text})
-        try:
             async with asyncio.timeout(TRIAL_S):
-                process.stdin.write(asked.encode() + b"\n")
-                with contextlib.suppress(ConnectionError):
-                    await process.stdin.drain()
-                line = await process.stdout.readline()
-                code = 0 if line.endswith(b"\n") else await process.wait()
+                error = None if self.is_alive else await self._start()
+                if error is not None or self._is_abandoned:
+                    return error
+                found, code = await self._exchange(constraint)
         except TimeoutError:
             await self.end()
             return Overloaded(
                 f"{constraint.kind} was not compiled within {TRIAL_S:g} s, in which it got less "
                 f"than {TRIAL_CPU_S:g} s of CPU time: this host is busy; retry later"
             )
-        if line.endswith(b"\n"):
-            found = json.loads(line)
-            if not found["code"]:
-                return None
-            return from_code(found["code"], found["message"], param=constraint.kind)
-        self._process = None
+        if found is not None:
+            return _error(found)
         if not self._is_abandoned:
             log.warning("the trial of a %s ended with code %d", constraint.kind, code)
         return _what_ended_it(constraint, code)
 
-    async def _start(self) -> asyncio.subprocess.Process:
+    async def _start(self) -> BatonError | None:
+        """An end before it is ready is no grammar's doing."""
         vocabulary = self._vocabulary
         # A backtrace where memory has run out can take all of the CPU time.
         environment = {"PYTHONPATH": _import_path(), "RUST_BACKTRACE": "0"}
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "baton.engine.structured.trial"),
-            *(str(TRIAL_CPU_S), str(TRIAL_MEMORY_BYTES)),
-            *(str(vocabulary.tokenizer_path), str(vocabulary.size)),
-            *map(str, vocabulary.eos_token_ids),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=STREAM_LIMIT_BYTES,
-            env=os.environ | environment,
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "baton.engine.structured.trial"),
+                *(str(TRIAL_CPU_S), str(TRIAL_MEMORY_BYTES)),
+                *(str(vocabulary.tokenizer_path), str(vocabulary.size)),
+                *map(str, vocabulary.eos_token_ids),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=STREAM_LIMIT_BYTES,
+                env=os.environ | environment,
+            )
+        except OSError as exc:
+            return Unavailable(f"no process can be started to compile grammars: {exc}")
+        if self._is_abandoned:
+            return None
+        found, code = await self._answer(self._process)
+        if found is None:
+            return Unavailable(f"a process to compile grammars ended with code {code} at its start")
+        error = _error(found)
+        if error is not None:
+            await self.end()
+        return error
+
+    async def _exchange(self, constraint: Constraint) -> tuple[Any, int]:
+        """What the process found, or None and what it ended with."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        asked = json.dumps({"kind": constraint.kind, "text": constraint.text})
+        process.stdin.write(asked.encode() + b"\n")
+        with contextlib.suppress(ConnectionError):
+            await process.stdin.drain()
+        loop = asyncio.get_running_loop()
+        slowing = loop.call_later(TRIAL_GRACE_S, _give_way, process)
+        grace_ends_at = slowing.when()
+        try:
+            found, code = await self._answer(process)
+        finally:
+            slowing.cancel()
+        if found is not None and loop.time() >= grace_ends_at:
+            # What has given way once can never come back.
+            await self.end()
+        return found, code
+
+    async def _answer(self, process: asyncio.subprocess.Process) -> tuple[Any, int]:
+        assert process.stdout is not None
+        line = await process.stdout.readline()
+        if line.endswith(b"\n"):
+            return json.loads(line), 0
+        code = await process.wait()
+        self._process = None
+        return None, code
+
+
+def _give_way(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, TRIAL_NICENESS)
-        return self._process
+            os.setpriority(os.PRIO_PROCESS, process.pid, TRIAL_NICENESS)
+
+
+def _error(found: Any) -> BatonError | None:
+    """found: a line of the trial's."""
+    return (
+        from_code(found["code"], found["message"], param=found["param"]) if found["code"] else None
+    )
 
 
 def _import_path() -> str:

@@ -5,9 +5,9 @@ and a thread inside it cannot be stopped. So every new constraint is tried here 
 process of its own with a limit of CPU time and of memory that the kernel enforces: it dies, and
 the worker says no.
 
-One JSON line in (``{"kind", "text"}``), one out (``{"code", "message"}``, both
-empty when all is well). The end
-of the input is the end of the process.
+One JSON line out (``{"code", "message", "param"}``, the first two empty when all is well) once it
+is ready; from then on one line in (``{"kind", "text"}``), one out. The end of the input is the end
+of the process.
 """
 
 from __future__ import annotations
@@ -38,16 +38,24 @@ def main(arguments: list[str]) -> None:
     )
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    tokenizer: llguidance.LLTokenizer | None = None
+    try:
+        tokenizer = vocabulary.load()
+    except BatonError as exc:
+        answer(exc)
+        return
+    answer(None)
     for line in sys.stdin.buffer:
-        constraint = Constraint(**json.loads(line))
-        code, message = "", ""
         try:
-            tokenizer = tokenizer or vocabulary.load()
-            judge(tokenizer, constraint, seconds)
+            judge(tokenizer, Constraint(**json.loads(line)), seconds)
         except BatonError as exc:
-            code, message = exc.code, exc.message
-        print(json.dumps({"code": code, "message": message}), flush=True)
+            answer(exc)
+        else:
+            answer(None)
+
+
+def answer(error: BatonError | None) -> None:
+    code, message, param = (error.code, error.message, error.param) if error else ("", "", None)
+    print(json.dumps({"code": code, "message": message, "param": param}), flush=True)
 
 
 def judge(tokenizer: llguidance.LLTokenizer, constraint: Constraint, seconds: float) -> None:

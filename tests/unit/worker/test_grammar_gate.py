@@ -223,9 +223,11 @@ def test_a_sequence_holds_its_grammar_from_the_answer_to_its_end(role: str) -> N
     assert is_here() is not None
     w(StepWanted())
     w.tell(Abort("r", 0))
-    assert is_here() is not None, "the step in flight runs it"
     gc.collect()
+    assert is_here() is not None, "the step in flight runs it"
     w(StepRaised("the end of the step"))
+    w.tell(dispatch(role, body("another")))
+    w(StepWanted())
     gc.collect()
     assert is_here() is None
 

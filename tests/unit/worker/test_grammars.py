@@ -17,6 +17,7 @@ from baton.engine.structured.store import GrammarStore
 from baton.protocol.constraint import Constraint
 from baton.worker import grammar_trial, grammars
 from baton.worker.events import GrammarFailed, GrammarReady
+from baton.worker.grammar_trial import TRIAL_NICENESS
 from baton.worker.grammars import GrammarCompiler
 from tests.support.byte_tokenizer import EOS_ID, VOCAB_SIZE, write_byte_tokenizer
 
@@ -90,7 +91,7 @@ async def test_an_endless_one_fails_alone(
     store: GrammarStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others are compiled beside it, and its process is gone with it."""
-    monkeypatch.setattr(grammar_trial, "TRIAL_CPU_S", 1.0)
+    monkeypatch.setattr(grammar_trial, "TRIAL_CPU_S", 0.5)
     async with running(store) as (compiler, answers):
         compiler.request(ENDLESS)
         compiler.request(DIGITS)
@@ -98,7 +99,7 @@ async def test_an_endless_one_fails_alone(
         failed = await answers.next()
         assert isinstance(failed, GrammarFailed)
         assert (failed.constraint, failed.code) == (ENDLESS, "invalid_request")
-        assert "takes longer than 1 s" in failed.message
+        assert "takes longer than 0.5 s" in failed.message
         compiler.request(LETTERS)
         assert await answers.next() == GrammarReady(LETTERS)
 
@@ -114,13 +115,11 @@ def impostor(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Call
 
 
 KILLED = "kill -KILL $$"
-KILLED_ONCE = (
-    f'[ $(wc -l < "$(dirname "$0")/starts") -gt 1 ] || {KILLED}; exec {sys.executable} "$@"'
-)
+ONCE = '[ $(wc -l < "$(dirname "$0")/starts") -gt 1 ]'
 
 
-@pytest.mark.parametrize("end", [KILLED, "kill -TERM $$", "exit 1"])
-async def test_a_grammar_is_not_to_blame_for_an_end_from_outside(
+@pytest.mark.parametrize("end", [KILLED, "kill -SEGV $$", "exit 1"])
+async def test_an_end_before_the_start_is_no_grammars_doing(
     store: GrammarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     num_starts = impostor(tmp_path, monkeypatch, end)
@@ -129,21 +128,75 @@ async def test_a_grammar_is_not_to_blame_for_an_end_from_outside(
         failed = await answers.next()
         assert isinstance(failed, GrammarFailed)
         assert (failed.code, failed.retryable) == ("unavailable", True)
-        assert "ended from outside" in failed.message
+        assert "at its start" in failed.message
         assert num_starts() == 2
         monkeypatch.undo()
         compiler.request(DIGITS)
         assert await answers.next() == GrammarReady(DIGITS), "not remembered"
 
 
-async def test_a_trial_that_is_killed_once_is_run_again(
+async def test_a_trial_that_is_killed_at_its_start_is_run_again(
     store: GrammarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_starts = impostor(tmp_path, monkeypatch, KILLED_ONCE)
+    num_starts = impostor(tmp_path, monkeypatch, f'{ONCE} || {KILLED}; exec {sys.executable} "$@"')
     async with running(store) as (compiler, answers):
         compiler.request(DIGITS)
         assert await answers.next() == GrammarReady(DIGITS)
         assert num_starts() == 2
+
+
+async def at_work(but: int = 0) -> psutil.Process:
+    """The trial that has begun with its constraint, and is not ``but``."""
+    found: list[psutil.Process] = []
+
+    def is_here() -> bool:
+        children = psutil.Process().children()
+        found[:] = [c for c in children if c.pid != but and c.nice() == TRIAL_NICENESS]
+        return bool(found)
+
+    await until(is_here)
+    return found[0]
+
+
+@pytest.fixture
+def gives_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a trial at work can be told by its niceness."""
+    monkeypatch.setattr(grammar_trial, "TRIAL_GRACE_S", 0.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.usefixtures("gives_way_at_once")
+async def test_a_trial_that_is_killed_twice_says_nothing_about_the_grammar(
+    store: GrammarStore, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(grammar_trial, "TRIAL_CPU_S", 60.0)
+    async with running(store) as (compiler, answers):
+        compiler.request(ENDLESS)
+        first = await at_work()
+        first.send_signal(number)
+        second = await at_work(but=first.pid)
+        second.send_signal(number)
+        failed = await answers.next()
+        assert isinstance(failed, GrammarFailed)
+        assert (failed.code, failed.retryable) == ("unavailable", True)
+        assert f"ended from outside (code -{int(number)})" in failed.message
+        compiler.request(ENDLESS)
+        assert (await at_work()).pid not in (first.pid, second.pid), "not remembered"
+
+
+@pytest.mark.usefixtures("gives_way_at_once")
+async def test_a_trial_that_is_killed_once_says_what_it_finds_the_second_time(
+    store: GrammarStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_trial, "TRIAL_CPU_S", 0.5)
+    async with running(store) as (compiler, answers):
+        compiler.request(ENDLESS)
+        first = await at_work()
+        first.kill()
+        failed = await answers.next()
+        assert isinstance(failed, GrammarFailed)
+        assert (failed.code, failed.retryable) == ("invalid_request", False)
+        assert "takes longer than 0.5 s of CPU time" in failed.message
 
 
 async def test_a_process_that_was_killed_while_idle_is_replaced(store: GrammarStore) -> None:
@@ -187,17 +240,19 @@ async def test_a_process_that_cannot_be_started_is_said_so(
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+@pytest.mark.usefixtures("gives_way_at_once")
 async def test_what_crashes_the_compiler_is_refused_for_good(
-    store: GrammarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    store: GrammarStore, number: signal.Signals
 ) -> None:
-    num_starts = impostor(tmp_path, monkeypatch, f"kill -{int(number)} $$")
     async with running(store) as (compiler, answers):
-        for _ in range(2):
-            compiler.request(DIGITS)
-            failed = await answers.next()
-            assert isinstance(failed, GrammarFailed)
-            assert (failed.code, failed.retryable) == ("invalid_request", False)
-        assert num_starts() == 1
+        compiler.request(ENDLESS)
+        (await at_work()).send_signal(number)
+        failed = await answers.next()
+        assert isinstance(failed, GrammarFailed)
+        assert (failed.code, failed.retryable) == ("invalid_request", False)
+        compiler.request(ENDLESS)
+        assert await answers.next() == failed
+        assert psutil.Process().children() == [], "not tried again"
 
 
 async def test_memory_that_runs_out_is_named(
@@ -251,10 +306,24 @@ async def test_a_forgotten_one_may_be_asked_for_again_at_once(
         assert compiler.num_open == 0
 
 
-async def test_trials_take_what_serving_leaves(store: GrammarStore) -> None:
-    async with running(store) as (compiler, _):
+async def test_a_slow_one_takes_what_serving_leaves_and_its_process_ends(
+    store: GrammarStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Niceness cannot be taken back, so the next one gets another process."""
+    own = psutil.Process().nice()
+    monkeypatch.setattr(grammars, "NUM_TRIALS", 1)
+    monkeypatch.setattr(grammar_trial, "TRIAL_GRACE_S", 60.0)
+    async with running(store) as (compiler, answers):
+        compiler.request(DIGITS)
+        assert await answers.next() == GrammarReady(DIGITS)
+        [quick] = psutil.Process().children()
+        assert quick.nice() == own
+        monkeypatch.setattr(grammar_trial, "TRIAL_GRACE_S", 0.0)
+        compiler.request(LETTERS)
+        assert await answers.next() == GrammarReady(LETTERS)
+        assert quick not in psutil.Process().children()
         compiler.request(ENDLESS)
-        await until(lambda: any(c.nice() == 19 for c in psutil.Process().children()))
+        assert (await at_work()).nice() == TRIAL_NICENESS
 
 
 async def test_cancelling_ends_a_trial_in_progress(store: GrammarStore) -> None:
