@@ -16,6 +16,7 @@ from baton.api.v1 import baton_pb2 as pb
 from baton.protocol.errors import BatonError, DeadlineExceeded, InternalError, InvalidRequest
 from baton.protocol.ids import RequestId
 from router import grpc_convert as convert
+from router import off_loop
 from router.frontend import Frontend, GenerateSpec, Output
 from router.raw_request import RawRequest
 from router.tokenizer import Tokenizer
@@ -93,9 +94,18 @@ class BatonServicer:
         outputs = cast("AsyncGenerator[Output, None]", self._frontend.generate(spec))
         async with aclosing(outputs):
             async for output in outputs:
+                response = await self._response(output, spec)
                 # Waits while the client is slow to read: outputs then queue in the core,
                 # which bounds them, and not in here.
-                await context.write(convert.generate_response(output, self._decode_token))
+                await context.write(response)
+
+    async def _response(self, output: Output, spec: GenerateSpec) -> pb.GenerateResponse:
+        sampling = spec.sampling
+        num_logprobs = len(output.tokens) * (sampling.num_logprobs + 1)
+        num_logprobs += len(output.prompt_tokens) * (sampling.num_prompt_logprobs + 1)
+        return await off_loop.build(
+            lambda: convert.generate_response(output, self._decode_token), num_logprobs
+        )
 
     def _decode_token(self, token_id: int) -> str:
         return self._tokenizer.decode((token_id,), skip_special_tokens=False)

@@ -28,6 +28,13 @@ MAX_PROMPT_BATCH = 64
 MAX_CHOICES_PER_REQUEST = 64
 """Prompts x n in one completion request."""
 
+MAX_LOGPROBS_PER_REQUEST = 262_144
+"""Prompts x n x (prompt tokens x (prompt_logprobs + 1) + max_tokens x (logprobs + 1)): about 17 MB
+of JSON."""
+
+INLINE_LOGPROBS = 1_024
+"""Larger pieces of an answer (above 1 to 4 ms of building) leave the event loop for a thread."""
+
 MAX_PROMPT_CHARS = 4 * 2**20
 """Beyond it a prompt is never handed to the tokeniser, whatever the model's length."""
 

@@ -54,7 +54,8 @@ class Answer:
         self.id = answer_id
         self.created_unix_s = created_unix_s
         self.model = model
-        self.num_logprobs = specs[0].sampling.num_logprobs
+        self._sampling = specs[0].sampling
+        self.num_logprobs = self._sampling.num_logprobs
         self.num_prompt_logprobs = num_prompt_logprobs
         self._echoes = echoes
         self._scores_only = scores_only
@@ -97,6 +98,16 @@ class Answer:
         choice.texts.append(output.text)
         if self.num_logprobs >= 0:
             choice.tokens.extend(output.tokens)
+
+    def num_logprobs_of(self, tokens: Sequence[Token], prompt_tokens: Sequence[Token]) -> int:
+        """What writing these out takes, in log-probabilities."""
+        sampling = self._sampling
+        of_tokens = len(tokens) * (sampling.num_logprobs + 1)
+        return of_tokens + len(prompt_tokens) * (sampling.num_prompt_logprobs + 1)
+
+    @property
+    def num_logprobs_kept(self) -> int:
+        return sum(self.num_logprobs_of(c.tokens, c.prompt_tokens) for c in self.choices)
 
     def check_complete(self) -> None:
         """A stream that just ends is a failure: it must never look like an answer."""

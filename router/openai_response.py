@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from baton.protocol.errors import BatonError
+from router import off_loop
 from router.closing import closing
 from router.frontend import Frontend, GenerateSpec, Output
 from router.http_errors import error_json, error_response, our_bug
@@ -55,7 +56,9 @@ class AnswerResponse:
 
         try:
             await self._run(gather)
-            body = msgspec.json.encode(self._shape.whole())
+            body = await off_loop.build(
+                lambda: msgspec.json.encode(self._shape.whole()), self._answer.num_logprobs_kept
+            )
             response = Response(body, media_type="application/json")
         except Exception as exc:
             response = error_response(self._for_client(exc), self._request_id)
@@ -67,8 +70,7 @@ class AnswerResponse:
 
         async def tell(prompt_index: int, output: Output) -> None:
             index = self._answer.count(prompt_index, output)
-            chunks = self._shape.chunks(index, output, self._usage_of(index))
-            await events.send(map(msgspec.json.encode, chunks))
+            await events.send(await self._encoded(index, output))
 
         try:
             await self._run(tell)
@@ -84,6 +86,18 @@ class AnswerResponse:
                 return
             await events.send([error_json(error, self._request_id)])
         await events.end()
+
+    async def _encoded(self, index: int, output: Output) -> list[bytes]:
+        """A choice's outputs come one after the other, so its format may be in one thread at a
+        time."""
+        usage = self._usage_of(index)
+
+        def encode() -> list[bytes]:
+            chunks = self._shape.chunks(index, output, usage)
+            return [msgspec.json.encode(chunk) for chunk in chunks]
+
+        num_logprobs = self._answer.num_logprobs_of(output.tokens, output.prompt_tokens)
+        return await off_loop.build(encode, num_logprobs)
 
     async def _run(self, on_output: OnOutput) -> None:
         """Raises the first failure; the other prompts are aborted then."""

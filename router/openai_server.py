@@ -18,6 +18,7 @@ from starlette.routing import Route
 from router.frontend import Frontend, GenerateSpec
 from router.http_body import read_json_body
 from router.http_endpoint import endpoint, request_id_of
+from router.logprob_cap import check_together
 from router.openai_answer import Answer
 from router.openai_echo import Echo, echoes_of
 from router.openai_format import ChatFormat, CompletionFormat
@@ -59,6 +60,7 @@ class OpenAiServer:
         request_id = request_id_of(request, body.request_id)
         raws = completion_raw_requests(body, request_id)
         specs = [await self._validator.generate_spec_off_loop(raw) for raw in raws]
+        check_together(specs)
         answer = self._answer(
             specs,
             f"cmpl-{request_id}",

@@ -31,6 +31,7 @@ from router import limits
 from router.chat_template import ChatMessage, ChatTemplate
 from router.field_checks import check_text, flag, integer, number, shown
 from router.frontend import GenerateSpec, ModelInfo
+from router.logprob_cap import check_together, tokens_that_fit
 from router.raw_request import RawRequest
 from router.sampling_fields import check_against_prompt, sampling_params, token_ids
 from router.tokenizer import Tokenizer
@@ -68,10 +69,11 @@ class Validator:
         skip_special_tokens = flag("skip_special_tokens", raw.skip_special_tokens, True)
         prompt_ids = self._prompt_ids(raw)
         default = DEFAULT_MAX_TOKENS if raw.messages is None else self._model.max_model_len
+        default = min(default, tokens_that_fit(sampling, n, len(prompt_ids)))
         max_tokens = self._fit(len(prompt_ids), asked, default)
         sampling = msgspec.structs.replace(sampling, max_tokens=max_tokens)
         check_against_prompt(sampling, len(prompt_ids))
-        return GenerateSpec(
+        spec = GenerateSpec(
             request_id=request_id,
             prompt_ids=prompt_ids,
             sampling=sampling,
@@ -82,6 +84,8 @@ class Validator:
             skip_special_tokens=skip_special_tokens,
             cache_salt=cache_salt,
         )
+        check_together([spec])
+        return spec
 
     async def generate_spec_off_loop(self, raw: RawRequest) -> GenerateSpec:
         """The same; a long text is tokenised in a thread, so that streams go on."""
