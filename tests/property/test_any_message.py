@@ -5,13 +5,14 @@ A peer of another version, or one gone mad, may cost its own requests and never 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from baton.engine.plan import StepPlan
+from baton.engine.plan import FailedSequence, StepPlan
 from baton.protocol.messages import (
     Abort,
     Dispatch,
@@ -74,7 +75,16 @@ ANSWERS = (
     | st.builds(TransferAck, TRANSFERS, EPOCHS)
     | st.builds(TransferNack, TRANSFERS, EPOCHS, EPOCHS, st.just("?"))
 )
-ENGINE = st.sampled_from([StepWanted(), StepWanted(), Tick(), StepRaised("boom"), "done", "done"])
+ENGINE = st.sampled_from(
+    [StepWanted(), StepWanted(), Tick(), StepRaised("boom"), "done", "done", "one fails"]
+)
+
+
+def _done(plan: StepPlan, how: str) -> StepDone:
+    """Where one fails, its KV is to be doubted."""
+    doubtful = plan.chunks[:1] if how == "one fails" else ()
+    failed = tuple(FailedSequence(c.seq_id, "internal", "stuck", True) for c in doubtful)
+    return StepDone(dataclasses.replace(run_plan(plan), failed=failed))
 
 
 def run(worker: Worker, events: list[object]) -> None:
@@ -85,10 +95,10 @@ def run(worker: Worker, events: list[object]) -> None:
         now += 0.5
         if isinstance(event, StepWanted) and plan is not None:
             continue
-        if event == "done" or isinstance(event, StepRaised):
+        if isinstance(event, str | StepRaised):
             if plan is None:
                 continue
-            event, plan = (StepDone(run_plan(plan)) if event == "done" else event), None
+            event, plan = (event if isinstance(event, StepRaised) else _done(plan, event)), None
         for instruction in worker(event, now):
             if isinstance(instruction, RunStep):
                 plan = instruction.plan

@@ -8,18 +8,30 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 import zmq.asyncio
 
+from baton.engine.executor import Executor
 from baton.engine.plan import FailedSequence, StepPlan, StepResult
 from baton.engine.structured.grammar import Vocabulary
 from baton.engine.structured.store import GrammarStore
 from baton.protocol.clock import MonotonicClock
 from baton.protocol.errors import InternalError
-from baton.protocol.messages import Abort, HelloReply, LoadReport, RequestFailed, TokenBatch
+from baton.protocol.messages import (
+    Abort,
+    HelloReply,
+    LoadReport,
+    RequestFailed,
+    TokenAck,
+    TokenAckItem,
+    TokenBatch,
+)
 from baton.worker.events import RunStep, ShellFacts, StepDone, StepRaised, StepWanted, ToRouter
 from baton.worker.shell import WorkerShell
 from tests.support.byte_tokenizer import EOS_ID, VOCAB_SIZE, write_byte_tokenizer
 from tests.support.core import body, run_plan
+from tests.support.deciders import Decode
+from tests.support.tiny_checkpoint import write_checkpoint
 from tests.unit.worker.test_grammar_gate import dispatch, worker
 
 FACTS = ShellFacts(0, 0, "", 0)
@@ -83,6 +95,45 @@ def test_a_step_that_one_sequence_made_raise_is_not_held_against_the_others(role
     assert (said["a"].message, said["a"].suspect) == ("a/0: a chunk without tokens", NAMES[role])
     assert (said["b"].retryable, said["b"].suspect) == (True, "")
     assert "a/0" not in said["b"].message
+
+
+def drawn(instructions: list[Any]) -> list[int]:
+    batches = [i.message for i in instructions if isinstance(i, ToRouter)]
+    items = [item for b in batches if isinstance(b, TokenBatch) for item in b.items]
+    return [token_id for item in items for token_id in item.token_ids]
+
+
+def test_kv_that_was_damaged_in_the_cache_costs_one_attempt(tmp_path: Path) -> None:
+    """The next one computes it anew, on the same worker if need be, and draws what is right."""
+    w = Decode("mixed")
+    executor = Executor.load(
+        write_checkpoint(tmp_path),
+        dtype="float32",
+        device="cpu",
+        num_blocks=w.pool.num_blocks,
+        block_size=w.pool.block_size,
+        num_threads=1,
+    )
+
+    def run(request_id: str, attempt: int = 0) -> list[Any]:
+        w.tell(dispatch("mixed", body(request_id, 20, attempt=attempt, max_tokens=3)))
+        came = []
+        while steps := w(StepWanted()):
+            came += w(StepDone(executor.execute(steps[0].plan)))
+        return came
+
+    right = drawn(run("a"))
+    assert len(right) == 3
+    with torch.inference_mode():
+        executor._cache.blocks.fill_(float("nan"))
+    said = run("b")
+    assert hit_tokens(w) == 16, "it is the damaged KV that it read"
+    assert drawn(said) == []
+    assert failures(said)["b"].retryable
+    assert drawn(run("b", 1)) == right
+    assert hit_tokens(w) == 16
+    w.tell(TokenAck(tuple(TokenAckItem(*of, 3) for of in (("a", 0), ("b", 1)))))
+    w.idle()
 
 
 class OneStep:
