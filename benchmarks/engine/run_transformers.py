@@ -61,7 +61,7 @@ class Transformers(Engine):
         return made
 
 
-class _Clock(LogitsProcessor):
+class _Clock(LogitsProcessor):  # type: ignore[misc]
     def __init__(self, times: list[float]) -> None:
         self._times = times
 
