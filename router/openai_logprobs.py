@@ -48,14 +48,24 @@ def _with_own(token: Token, tokenizer: Tokenizer) -> dict[str, float]:
 
 
 def chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> ChatLogprobs:
+    # A token occurs often: its list of bytes is made once, and shared.
+    known: dict[int, tuple[str, list[int] | None]] = {}
+
+    def written(token_id: int) -> tuple[str, list[int] | None]:
+        found = known.get(token_id)
+        if found is None:
+            text = label(tokenizer, token_id)
+            found = known[token_id] = (text, _bytes(text, token_id))
+        return found
+
     entries = []
     for token in tokens:
-        text = label(tokenizer, token.token_id)
         top = []
         for best in token.logprobs.top if token.logprobs is not None else ():
-            best_text = label(tokenizer, best.token_id)
-            top.append(TopLogprobEntry(best_text, best.logprob, _bytes(best_text, best.token_id)))
-        entries.append(LogprobEntry(text, _logprob(token), _bytes(text, token.token_id), top))
+            text, own_bytes = written(best.token_id)
+            top.append(TopLogprobEntry(text, best.logprob, own_bytes))
+        text, own_bytes = written(token.token_id)
+        entries.append(LogprobEntry(text, _logprob(token), own_bytes, top))
     return ChatLogprobs(entries)
 
 

@@ -114,7 +114,7 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
-class PromptLogprob(msgspec.Struct, frozen=True):
+class PromptLogprob(msgspec.Struct, frozen=True, gc=False):
     """``rank``: 1 for the most likely; None for a prompt token outside the alternatives."""
 
     logprob: float
@@ -147,13 +147,13 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str | None = None
 
 
-class TopLogprobEntry(msgspec.Struct, frozen=True):
+class TopLogprobEntry(msgspec.Struct, frozen=True, gc=False):
     token: str
     logprob: float
     bytes: list[int] | None
 
 
-class LogprobEntry(msgspec.Struct, frozen=True):
+class LogprobEntry(msgspec.Struct, frozen=True, gc=False):
     token: str
     logprob: float
     bytes: list[int] | None

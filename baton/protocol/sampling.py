@@ -187,12 +187,12 @@ def _check(param: str, value: object, ok: bool, allowed: str) -> None:
         raise InvalidRequest(f"{param} is {value}; allowed: {allowed}", param=param)
 
 
-class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     token_id: int
     logprob: float
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probabilities at one position, of the distribution before temperature."""
 
     logprob: float
