@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 import grpc
@@ -27,6 +28,9 @@ ERROR_DETAIL_KEY = "baton-error-bin"
 INLINE_DETOKENISE_IDS = 8_192
 """Longer lists leave the event loop for a thread."""
 
+MAX_KEPT_TEXTS = 32_768
+"""Texts of single tokens."""
+
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,6 +43,8 @@ class BatonServicer:
         self._frontend = frontend
         self._validator = validator
         self._tokenizer = tokenizer
+        # An answer with log-probabilities asks for thousands of texts, mostly the same ones.
+        self._token_text = lru_cache(MAX_KEPT_TEXTS)(self._decode_token)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         await self._generate(request, context)
@@ -104,7 +110,7 @@ class BatonServicer:
         num_logprobs = len(output.tokens) * (sampling.num_logprobs + 1)
         num_logprobs += len(output.prompt_tokens) * (sampling.num_prompt_logprobs + 1)
         return await off_loop.build(
-            lambda: convert.generate_response(output, self._decode_token), num_logprobs
+            lambda: convert.generate_response(output, self._token_text), num_logprobs
         )
 
     def _decode_token(self, token_id: int) -> str:

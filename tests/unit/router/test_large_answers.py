@@ -175,16 +175,16 @@ async def test_large_grpc_responses_are_built_off_the_loop(
     sampling = pb.SamplingParams(max_tokens=4, logprobs=2, prompt_logprobs=1)
     request = pb.GenerateRequest(text="xyz", sampling_params=sampling, request_id="r")
     told = []
-    async with (
-        serving(ScriptedFrontend(SCRIPT)) as address,
-        grpc.aio.insecure_channel(address) as channel,
-    ):
-        stub = baton_pb2_grpc.BatonStub(channel)
-        for most, is_here in ((18, True), (17, False)):
-            monkeypatch.setattr(limits, "INLINE_LOGPROBS", most)
-            threads.clear()
+    for most, is_here in ((18, True), (17, False)):
+        monkeypatch.setattr(limits, "INLINE_LOGPROBS", most)
+        threads.clear()
+        async with (
+            serving(ScriptedFrontend(SCRIPT)) as address,
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            stub = baton_pb2_grpc.BatonStub(channel)
             told.append([response async for response in stub.Generate(request)])
-            assert threads == {is_here}
+        assert threads == {is_here}
     assert told[0] == told[1]
     assert len(told[0][0].tokens) == 4
 
