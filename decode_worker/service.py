@@ -78,6 +78,7 @@ class DecodeService:
                 group.create_task(self._receivers.run(), name="kv")
                 group.create_task(self._shell.run(), name="shell")
         finally:
+            self._receivers.close()
             self._context.destroy(linger=0)
 
     def _describe(self, hello: Hello, version: int) -> HelloReply:
