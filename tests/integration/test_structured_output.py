@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from typing import Any
 
+import psutil
 import pytest
 
 from baton import AsyncClient
@@ -19,6 +21,7 @@ from tests.support.clusters import (
     running_cluster,
     settled,
     tiny_config,
+    until,
 )
 from tests.support.prompts import prompt_of
 
@@ -38,6 +41,7 @@ CONSTRAINTS: list[Options] = [
     {"choice": ["yes", "no", "per\u00adhaps \U0001f642"]},
     {"grammar": 'root ::= "(" root ")" | [0-9]\n'},
 ]
+NUM_ABANDONED = 40
 ENDLESS = "start: R\nR: ~/(.*a.{12}.*)/ & ~/(.*b.{13}.*)/ & /(.*c.{14}.*)/\n"
 
 
@@ -85,12 +89,48 @@ async def hostile_grammar(cluster: Cluster) -> None:
     assert re.fullmatch("[0-9]{3}", found[1].text)
 
 
+async def abandoned_grammars(cluster: Cluster) -> None:
+    """Their trials, minutes of CPU time in all, end with their requests."""
+    hostile = [
+        asyncio.ensure_future(cluster.client.generate("x", grammar=f"{ENDLESS}// {n}\n"))
+        for n in range(NUM_ABANDONED)
+    ]
+    worker = psutil.Process(cluster.pid_of("p-0"))
+    await until(lambda: sum(map(is_at_work, trials_of(worker))) == 2, "two trials work")
+    doomed = trials_of(worker)
+    for task in hostile:
+        task.cancel()
+    ended = await asyncio.gather(*hostile, return_exceptions=True)
+    assert all(isinstance(end, BaseException) for end in ended)
+    served = await cluster.client.generate("x", regex="[a-z]{3}", timeout=60)
+    assert re.fullmatch("[a-z]{3}", served.text)
+    await until(lambda: not any(t.is_running() for t in doomed), "they end")
+
+
+def is_at_work(trial: psutil.Process) -> bool:
+    """More than a start and small grammars take."""
+    with contextlib.suppress(psutil.Error):
+        return trial.cpu_times().user > 1.0
+    return False
+
+
+def trials_of(worker: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for child in worker.children():
+        # One that ends at this moment has no command line.
+        with contextlib.suppress(psutil.Error):
+            if "baton.engine.structured.trial" in child.cmdline():
+                found.append(child)
+    return found
+
+
 async def test_split_equals_colocated_and_all_of_it_conforms(tmp_path: Any) -> None:
     async with running_cluster(tiny_config(), tmp_path) as cluster:
         split = await outputs(cluster.client)
         with pytest.raises(InvalidRequest, match="regex cannot be followed"):
             await cluster.client.generate("x", regex="((")
         await hostile_grammar(cluster)
+        await abandoned_grammars(cluster)
         await settled(cluster)
         await assert_no_residue(cluster)
     async with running_cluster(colocated_config(), tmp_path) as cluster:
