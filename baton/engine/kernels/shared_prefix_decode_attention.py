@@ -33,6 +33,7 @@ from baton.engine.kernels.split_merge import Partials, merge_splits
 
 BLOCK_M = 64
 """Rows of the products: a KV head's queries of many sequences. Fixed, whatever the batch."""
+FLOAT32_BLOCK_M = 32
 BLOCK_N = 64
 NARROW_BLOCK_N = 16
 """float32, and heads above 128: accumulators fill the registers."""
@@ -136,7 +137,8 @@ def _prefix_splits(
     assert block_tables.stride(1) == 1
     inner, outer = score_factors(scale, soft_cap)
     group = num_heads // num_kv_heads
-    products = power_of_two(group, least=BLOCK_M)
+    is_float32 = q.dtype == torch.float32
+    products = power_of_two(group, least=FLOAT32_BLOCK_M if is_float32 else BLOCK_M)
     # As many tiles as find_segment says are enough, known without asking the device.
     grid = (num_rows // (products // group) + num_groups, num_kv_heads, partials.num_splits)
     _prefix_split_kernel[grid](
@@ -165,11 +167,11 @@ def _prefix_splits(
         SPLIT=SPLIT_TOKENS,
         BLOCK_M=products,
         BLOCK_Q=products // group,
-        BLOCK_N=NARROW_BLOCK_N if q.dtype == torch.float32 or head_dim > 128 else BLOCK_N,
+        BLOCK_N=NARROW_BLOCK_N if is_float32 or head_dim > 128 else BLOCK_N,
         BLOCK_D=power_of_two(head_dim, least=16),
         HAS_CAP=soft_cap is not None,
         DOT_IN_FP32=INTERPRETED,
-        num_warps=4,
+        num_warps=8 if is_float32 else 4,
         num_stages=5,
     )
 
