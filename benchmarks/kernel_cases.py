@@ -70,7 +70,7 @@ class CaseMaker:
         yield self.decode(1, 4 * s.context)
         yield self.prefill(s.context, s.context, target=0.45)
         yield self.prefill(s.chunk, s.context)
-        yield self.shared_prefix()
+        yield self.shared_prefix(s.batch, s.context // SPLIT_TOKENS * SPLIT_TOKENS)
         yield self.store_kv()
         yield from self.rows()
         yield self.grouped(2 * s.rows)
@@ -123,42 +123,36 @@ class CaseMaker:
         shape = f"chunk {chunk:,}, context {context:,}, causal"
         return Case("paged_prefill_attention", shape, run, num_bytes, flops, target)
 
-    def shared_prefix(self) -> Case:
-        """One group of all rows but the last, whose prefix is their own copy of the same length."""
+    def shared_prefix(self, batch: int, prefix_len: int, *, is_shared: bool = True) -> Case:
+        """Rows with a common prefix of whole ``SPLIT_TOKENS``, read once or each for itself."""
         s = self._sizes
-        prefix_len = s.context // SPLIT_TOKENS * SPLIT_TOKENS
-        cache = self._cache(s.batch, prefix_len + s.suffix)
-        grouped = s.batch - 1
+        cache = self._cache(batch, prefix_len + s.suffix)
         num_shared = prefix_len // s.block_size
-        cache.tables[:grouped, :num_shared] = cache.tables[0, :num_shared]
-        members = torch.arange(grouped, dtype=torch.int32, device=self._device)
-        bounds = torch.tensor([0, grouped], dtype=torch.int32, device=self._device)
+        cache.tables[:, :num_shared] = cache.tables[0, :num_shared].clone()
+        members = torch.arange(batch, dtype=torch.int32, device=self._device)
+        bounds = torch.tensor([0, batch], dtype=torch.int32, device=self._device)
         prefix_lens = torch.full_like(cache.lengths, prefix_len)
-        prefix_lens[grouped:] = 0
-        q = self._randn(s.batch, s.heads, s.head_dim)
+        q = self._randn(batch, s.heads, s.head_dim)
+        arguments = (q, cache.key_blocks, cache.value_blocks, cache.tables, cache.lengths)
+        scale = s.head_dim**-0.5
 
-        def run() -> Tensor:
+        def together() -> Tensor:
             return self._kernels.shared_prefix_decode_attention(
-                q,
-                cache.key_blocks,
-                cache.value_blocks,
-                cache.tables,
-                cache.lengths,
-                prefix_lens,
-                members,
-                bounds,
-                scale=s.head_dim**-0.5,
-                soft_cap=None,
+                *arguments, prefix_lens, members, bounds, scale=scale, soft_cap=None
             )
 
-        num_tokens = 2 * prefix_len + s.batch * s.suffix
-        flops = 4 * s.batch * s.heads * s.head_dim * (prefix_len + s.suffix)
+        def apart() -> Tensor:
+            return self._kernels.paged_decode_attention(
+                *arguments, scale=scale, window=None, soft_cap=None
+            )
+
+        num_tokens = prefix_len + batch * s.suffix
         return Case(
-            "shared_prefix_decode_attention",
-            f"batch {s.batch}, prefix {prefix_len:,} of {grouped}, suffixes {s.suffix}",
-            run,
+            "shared_prefix_decode_attention" if is_shared else "paged_decode_attention",
+            f"batch {batch}, prefix {prefix_len:,}, suffixes {s.suffix}",
+            together if is_shared else apart,
             2 * num_tokens * self._kv_row_bytes + 2 * _bytes(q),
-            flops,
+            4 * batch * s.heads * s.head_dim * (prefix_len + s.suffix),
         )
 
     def store_kv(self) -> Case:
