@@ -8,10 +8,14 @@ one unused for longest goes first.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from baton.engine.kept_blocks import KeptBlocks
 from baton.protocol.block_hash import BlockKey
+
+NUM_SHARDS = 256
+"""Of what leads from keys to blocks, by a byte of the key, which is a hash. One dict of a large
+pool's keys would take several milliseconds of some step whenever it is rehashed."""
 
 
 class OutOfBlocks(Exception):
@@ -24,13 +28,13 @@ class BlockPool:
         self.block_size = block_size
         self._blank = list(range(num_blocks - 1, -1, -1))
         """Free, and nothing in them is worth keeping."""
-        self._kept: OrderedDict[int, None] = OrderedDict()
-        """Free, with a key; the one unused for longest first."""
-        self._holders: dict[int, str | set[str]] = {}
+        self._kept = KeptBlocks(num_blocks)
+        """Free, with a key."""
+        self._holders: list[str | set[str] | None] = [None] * num_blocks
         """Most blocks have one holder; a set for each of them would keep the collector busy."""
         self._num_held: dict[str, int] = {}
-        self._key_of: dict[int, BlockKey] = {}
-        self._block_of: dict[BlockKey, int] = {}
+        self._key_of: list[BlockKey | None] = [None] * num_blocks
+        self._block_of: tuple[dict[BlockKey, int], ...] = tuple({} for _ in range(NUM_SHARDS))
 
     @property
     def num_free(self) -> int:
@@ -46,12 +50,12 @@ class BlockPool:
         return frozenset(self._num_held)
 
     def holders(self, block: int) -> frozenset[str]:
-        held = self._holders.get(block, set())
-        return frozenset([held] if isinstance(held, str) else held)
+        held = self._holders[block]
+        return frozenset([held] if isinstance(held, str) else held or ())
 
     def num_holders(self, block: int) -> int:
-        held = self._holders.get(block, set())
-        return 1 if isinstance(held, str) else len(held)
+        held = self._holders[block]
+        return 1 if isinstance(held, str) else len(held or ())
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -65,8 +69,8 @@ class BlockPool:
         taken = self._blank[-count:][::-1]
         del self._blank[-count:]
         while len(taken) < count:
-            block, _ = self._kept.popitem(last=False)
-            del self._block_of[self._key_of.pop(block)]
+            block = self._kept.pop_oldest()
+            self._unname(block)
             taken.append(block)
         for block in taken:
             self._holders[block] = owner
@@ -75,10 +79,11 @@ class BlockPool:
 
     def share(self, owner: str, blocks: Sequence[int]) -> None:
         """Hold blocks that have a key beside whoever holds them, or out of the free ones."""
+        key_of, holders = self._key_of, self._holders
         for block in blocks:
-            assert block in self._key_of, f"{owner} shares block {block}, which has no key"
-            if block in self._kept:
-                del self._kept[block]
+            assert key_of[block] is not None, f"{owner} shares block {block}, which has no key"
+            if holders[block] is None:
+                self._kept.remove(block)
             self._add(block, owner)
         if blocks:
             self._num_held[owner] = self._num_held.get(owner, 0) + len(blocks)
@@ -87,13 +92,15 @@ class BlockPool:
         """Give blocks back, named in the order of their tokens: of two kept ones, the later is
         of no use without the earlier, and goes first."""
         self._check_owner(owner, blocks)
+        key_of, holders = self._key_of, self._holders
         for block in reversed(blocks):
-            if self._take_away(block, owner):
+            if isinstance(holders[block], set) and self._take_away(block, owner):
                 continue
-            if block in self._key_of:
-                self._kept[block] = None
-            else:
+            holders[block] = None
+            if key_of[block] is None:
                 self._blank.append(block)
+            else:
+                self._kept.append(block)
         self._lose(owner, len(blocks))
 
     def hand_over(self, owner: str, heir: str, blocks: Sequence[int]) -> None:
@@ -111,67 +118,68 @@ class BlockPool:
 
         False when another block has that key: this one then stays its holders' alone.
         """
-        assert block in self._holders, f"block {block} is not held"
-        assert block not in self._key_of, f"block {block} has a key already"
-        if key in self._block_of:
+        assert self._holders[block] is not None, f"block {block} is not held"
+        assert self._key_of[block] is None, f"block {block} has a key already"
+        if self._block_of[key[0]].setdefault(key, block) != block:
             return False
-        self._block_of[key] = block
         self._key_of[block] = key
         return True
 
     def find(self, key: BlockKey) -> int | None:
-        return self._block_of.get(key)
+        return self._block_of[key[0]].get(key)
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Take the keys away: the contents are doubtful, or about to be overwritten."""
         for block in blocks:
-            key = self._key_of.pop(block, None)
-            if key is None:
+            if self._key_of[block] is None:
                 continue
-            del self._block_of[key]
-            if block in self._kept:
-                del self._kept[block]
+            self._unname(block)
+            if self._holders[block] is None:
+                self._kept.remove(block)
                 self._blank.append(block)
 
     def check_integrity(self) -> list[str]:
         """Sentences about broken invariants; empty when all is well."""
         problems = []
         free = [*self._blank, *self._kept]
-        if len(self._holders) + len(free) != self.num_blocks:
-            problems.append(
-                f"{len(free)} free + {len(self._holders)} held blocks of {self.num_blocks}"
-            )
+        held = [block for block, by in enumerate(self._holders) if by is not None]
+        if len(held) + len(free) != self.num_blocks:
+            problems.append(f"{len(free)} free + {len(held)} held blocks of {self.num_blocks}")
         if len(set(free)) != len(free):
             problems.append("a block is free twice")
-        if any(block in self._holders for block in free):
+        if not set(held).isdisjoint(free):
             problems.append("a free block has an owner")
         counts: dict[str, int] = {}
-        for block, held in self._holders.items():
-            if not held:
+        for block in held:
+            if not self._holders[block]:
                 problems.append("a held block has no holder")
             for owner in self.holders(block):
                 counts[owner] = counts.get(owner, 0) + 1
         if counts != self._num_held:
             problems.append("owners' counts do not add up")
-        if {block: key for key, block in self._block_of.items()} != self._key_of:
+        named = {block: key for block, key in enumerate(self._key_of) if key is not None}
+        if {block: key for shard in self._block_of for key, block in shard.items()} != named:
             problems.append("keys and blocks do not match")
-        if any(block in self._key_of for block in self._blank):
+        if any(self._key_of[block] is not None for block in self._blank):
             problems.append("a blank block has a key")
-        if any(block not in self._key_of for block in self._kept):
+        if any(self._key_of[block] is None for block in self._kept):
             problems.append("a kept block has no key")
         return problems
 
     def _check_owner(self, owner: str, blocks: Sequence[int]) -> None:
-        wrong = [b for b in blocks if not self._holds(owner, b)]
-        assert not wrong, f"{owner} does not own blocks {wrong[:8]}"
+        holders = self._holders
+        # Nearly all have one holder: look closer only where that is not all there is to it.
+        if any(holders[block] != owner for block in blocks):
+            wrong = [b for b in blocks if not self._holds(owner, b)]
+            assert not wrong, f"{owner} does not own blocks {wrong[:8]}"
         assert len(set(blocks)) == len(blocks), f"{owner} names a block twice"
 
     def _holds(self, owner: str, block: int) -> bool:
-        held = self._holders.get(block)
-        return held == owner if held is None or isinstance(held, str) else owner in held
+        held = self._holders[block]
+        return owner in held if isinstance(held, set) else held == owner
 
     def _add(self, block: int, owner: str) -> None:
-        held = self._holders.get(block)
+        held = self._holders[block]
         assert not self._holds(owner, block), f"{owner} holds block {block} already"
         if held is None:
             self._holders[block] = owner
@@ -186,8 +194,14 @@ class BlockPool:
         if isinstance(held, set) and len(held) > 1:
             held.remove(owner)
             return True
-        del self._holders[block]
+        self._holders[block] = None
         return False
+
+    def _unname(self, block: int) -> None:
+        key = self._key_of[block]
+        assert key is not None
+        self._key_of[block] = None
+        del self._block_of[key[0]][key]
 
     def _lose(self, owner: str, count: int) -> None:
         if count == 0:

@@ -208,12 +208,12 @@ def test_check_integrity_sees_what_is_broken() -> None:
     assert "keys and blocks do not match" in renamed.check_integrity()
     keyed = BlockPool(4, 4)
     keyed.publish(keyed.allocate("a", 1)[0], KEYS[0])
-    keyed._kept[keyed._blank.pop()] = None
+    keyed._kept.append(keyed._blank.pop())
     assert keyed.check_integrity() == ["a kept block has no key"]
     blank = BlockPool(4, 4)
     [block] = blank.allocate("a", 1)
     blank.publish(block, KEYS[0])
     blank.release("a", [block])
-    blank._kept.clear()
+    blank._kept.remove(block)
     blank._blank.append(block)
     assert blank.check_integrity() == ["a blank block has a key"]

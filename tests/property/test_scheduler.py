@@ -422,7 +422,7 @@ def state_of(scheduler: Scheduler) -> object:
         ],
         scheduler._waiting.ids(),
         scheduler._waiting.parked_at(),
-        (pool._blank, pool._kept, pool._block_of, pool._holders),
+        (pool._blank, [*pool._kept], pool._key_of, pool._holders),
     )
 
 
