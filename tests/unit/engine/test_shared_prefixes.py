@@ -52,13 +52,13 @@ def decodes() -> tuple[SequenceChunk, ...]:
 
 
 class Model:
-    """Plain torch, with every prompt's KV in place."""
+    """With every prompt's KV in place."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         self.executor = Executor.load(
             folder,
             dtype="float32",
-            device="cpu",
+            device=device,
             num_blocks=64,
             block_size=BLOCK_SIZE,
             num_threads=1,
@@ -89,7 +89,7 @@ def model(
         "baton.engine.executor.backend_for",
         lambda device, **_: TorchBackend(device, deterministic=False),
     )
-    return Model(folder)
+    return Model(folder, "cpu")
 
 
 def test_a_step_finds_the_group_and_gives_the_logits_of_each_row_alone(model: Model) -> None:
@@ -147,3 +147,14 @@ def test_only_a_backend_that_may_sum_in_another_order_shares() -> None:
     assert not compiled.shares_prefixes
     plan = StepPlan(0, decodes())
     assert build_inputs(plan, StepShape(61, 64, BLOCK_SIZE, cpu)).shared is None
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu_read_a_common_prefix_once(tmp_path: Path) -> None:
+    model = Model(write_checkpoint(tmp_path, TINY_LLAMA | LONG), "cuda")
+    alone = torch.cat([model.run(chunk) for chunk in decodes()])
+    for chunks, rows in ((decodes(), slice(None)), (decodes()[1:], slice(1, None))):
+        torch.testing.assert_close(model.run(*chunks), alone[rows], atol=1e-4, rtol=1e-4)
+    graphs = model.executor._graphs
+    assert graphs is not None
+    assert [key[0] for key in graphs._graphs if key[2]] == [24]

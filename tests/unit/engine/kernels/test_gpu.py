@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from baton.engine.kernels.registry import TRITON
+from baton.engine.kv_cache import KvCache
 from baton.engine.sampling.draw import draw_tokens
 from baton.engine.sampling.kernel_draw import draw_for
+from baton.protocol.layout import KvLayout
 from tests.unit.engine.kernels.cases import (
     Paged,
     assert_close,
@@ -189,3 +191,20 @@ def test_copies(dtype: torch.dtype) -> None:
     assert torch.equal(
         TRITON.gather_blocks(scattered, slots, 0, 1)[0, 0][slots >= 0], k[slots >= 0]
     )
+
+
+def test_a_cache_on_a_gpu_gives_and_takes_the_bytes_of_one_on_a_cpu() -> None:
+    layout = KvLayout(num_layers=5, num_kv_heads=8, head_dim=128, dtype="bfloat16", model_digest="")
+    caches = [
+        KvCache(layout, num_blocks=70, block_size=16, dtype=torch.bfloat16, device=device)
+        for device in (torch.device("cpu"), torch.device(CUDA))
+    ]
+    caches[0].blocks.normal_()
+    table = tuple(torch.randperm(70).tolist())
+    size = 3 * 1001 * layout.bytes_per_token_layer
+    expected = bytes(caches[0].read(table, 13, 1001, 1, 3))
+    assert len(expected) == size
+    caches[1].write(table, 13, 1001, 1, 3, expected)
+    out = memoryview(bytearray(size))
+    assert bytes(caches[1].read(table, 13, 1001, 1, 3)) == expected
+    assert bytes(caches[1].read(table, 13, 1001, 1, 3, out)) == expected
