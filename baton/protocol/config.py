@@ -96,7 +96,7 @@ class PoolConfig(_Section, frozen=True):
 
 
 class KvTransferConfig(_Section, frozen=True):
-    transport: Literal["auto", "shared_memory", "zeromq", "zeromq_ipc"] = "auto"
+    transport: Literal["auto", "shared_memory", "zeromq", "zeromq_ipc", "gloo", "nccl"] = "auto"
     """How KV travels. "auto": shared memory between workers of one host, else ZeroMQ over TCP;
     ``baton status`` says which it took and why. ZeroMQ carries wherever another link was lost."""
     codec: Literal["auto", "raw"] = "auto"

@@ -13,6 +13,7 @@ from kv_transfer.transports.choose import AUTO, BEST_FIRST, FALLBACK
 from kv_transfer.transports.contract import KvReceiver, KvSender, LinkLost, OnPart
 from kv_transfer.transports.in_process import InProcessReceiver, InProcessSender
 from kv_transfer.transports.shared_memory import SharedMemoryReceiver, SharedMemorySender
+from kv_transfer.transports.torch_p2p import TorchReceiver, TorchSender
 from kv_transfer.transports.zeromq import ZeroMqReceiver, ZeroMqSender
 
 
@@ -25,10 +26,13 @@ def make_sender(kind: str, context: zmq.asyncio.Context, max_frame_bytes: int) -
             return SharedMemorySender(max_frame_bytes)
         case zeromq.TCP | zeromq.IPC:
             return ZeroMqSender(context, kind, max_frame_bytes)
+        case "gloo" | "nccl":
+            return TorchSender(kind, max_frame_bytes)
     raise LinkLost(f"no transport {kind!r} here")
 
 
 def make_receiver(kind: str, context: zmq.asyncio.Context, on_part: OnPart) -> KvReceiver:
+    """Raises ConfigError for a kind that this machine has not."""
     match kind:
         case in_process.KIND:
             return InProcessReceiver(on_part)
@@ -36,6 +40,8 @@ def make_receiver(kind: str, context: zmq.asyncio.Context, on_part: OnPart) -> K
             return SharedMemoryReceiver(on_part)
         case zeromq.TCP | zeromq.IPC:
             return ZeroMqReceiver(context, kind, on_part)
+        case "gloo" | "nccl":
+            return TorchReceiver(kind, on_part)
     raise AssertionError(f"no transport {kind!r}")
 
 

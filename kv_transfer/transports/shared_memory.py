@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import logging
 import mmap
 import os
 import secrets
@@ -33,19 +32,21 @@ from baton.protocol.errors import ConfigError
 from baton.protocol.messages import KvOffer
 from kv_transfer.transports.contract import (
     CONNECT_DEADLINE_S,
-    MAX_HEAD_BYTES,
     QUEUE_FRAMES,
     LinkLost,
     OnPart,
 )
-
-log = logging.getLogger(__name__)
+from kv_transfer.transports.links import (
+    READ_BYTES,
+    BrokenFormat,
+    Door,
+    RecordStream,
+    read_head,
+)
 
 KIND = "shared_memory"
 MAX_PEERS = 256
 NO_SLOT = -1
-_ACCEPT_PAUSE_S = 0.1
-_READ_BYTES = 64 * 2**10
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 # Everything on the socket, little-endian. First, with the ring's descriptor:
@@ -152,7 +153,7 @@ class SharedMemorySender:
     def _on_readable(self) -> None:
         assert self._socket is not None
         try:
-            data = self._socket.recv(_READ_BYTES)
+            data = self._socket.recv(READ_BYTES)
         except BlockingIOError:
             return
         except OSError as exc:
@@ -191,10 +192,17 @@ class SharedMemoryReceiver:
 
     def __init__(self, on_part: OnPart) -> None:
         self.num_bytes = 0
-        self.num_dropped = 0
         self._on_part = on_part
-        self._num_peers = 0
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._door = Door(self._listener, KIND, MAX_PEERS, self._serve)
+
+    @property
+    def num_dropped(self) -> int:
+        return self._door.num_dropped
+
+    @property
+    def num_peers(self) -> int:
+        return self._door.num_peers
 
     def bind(self, host: str) -> KvOffer:
         """``host`` plays no part: nobody else's can reach it."""
@@ -209,68 +217,29 @@ class SharedMemoryReceiver:
         return KvOffer(KIND, name)
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.TaskGroup() as group:
-                while True:
-                    try:
-                        sock, _ = await loop.sock_accept(self._listener)
-                    except OSError as exc:  # No descriptors left, say: they may come back.
-                        self._drop(f"could not accept: {exc}")
-                        await asyncio.sleep(_ACCEPT_PAUSE_S)
-                        continue
-                    if self._num_peers >= MAX_PEERS:
-                        self._drop(f"{MAX_PEERS} peers are connected")
-                        sock.close()
-                        continue
-                    self._num_peers += 1
-                    group.create_task(self._serve(sock), name="shared memory")
-        finally:
-            self.close()
+        await self._door.run()
 
     def close(self) -> None:
-        self._listener.close()
+        self._door.close()
 
     async def _serve(self, sock: socket.socket) -> None:
-        try:
-            sock.setblocking(False)
-            async with asyncio.timeout(CONNECT_DEADLINE_S):
-                _check_user(sock)
-                ring = await _take_ring(sock)
-                await asyncio.get_running_loop().sock_sendall(sock, _WELCOME)
-            await self._receive(sock, ring)
-        except EOFError:
-            pass  # The sender has closed, or is dead.
-        except (OSError, TimeoutError, _BrokenFormat) as exc:
-            self._drop(str(exc) or type(exc).__name__)
-        finally:
-            sock.close()
-            self._num_peers -= 1
-
-    async def _receive(self, sock: socket.socket, ring: _Ring) -> None:
-        stream, turns = _Stream(sock), Turns()
+        async with asyncio.timeout(CONNECT_DEADLINE_S):
+            _check_user(sock)
+            ring = await _take_ring(sock)
+            await asyncio.get_running_loop().sock_sendall(sock, _WELCOME)
+        stream, turns = RecordStream(sock), Turns()
         while True:
             head_bytes, slot, num_bytes = _PART.unpack(await stream.read(_PART.size))
             payload = None if slot == NO_SLOT else ring.slot(slot, num_bytes)
-            if head_bytes > MAX_HEAD_BYTES or (payload is None and num_bytes):
-                raise _BrokenFormat(f"a head of {head_bytes} bytes, {num_bytes} without a slot")
-            head = await stream.read(head_bytes)
-            if payload is not None:
-                self.num_bytes += num_bytes
-            await self._on_part(memoryview(head), payload)
+            if payload is None and num_bytes:
+                raise BrokenFormat(f"{num_bytes} bytes in no slot")
+            head = await read_head(stream, head_bytes)
+            self.num_bytes += num_bytes
+            await self._on_part(head, payload)
             if payload is not None:
                 # A few bytes that the sender waits for: no room for them means that it is gone.
                 sock.send(_RELEASE.pack(slot))
             await turns.take()
-
-    def _drop(self, what: str) -> None:
-        self.num_dropped += 1
-        if self.num_dropped & (self.num_dropped - 1) == 0:
-            log.warning("dropped a sender of KV: %s (%d so far)", what, self.num_dropped)
-
-
-class _BrokenFormat(Exception):
-    """The sender is not one of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,27 +250,9 @@ class _Ring:
 
     def slot(self, slot: int, num_bytes: int) -> memoryview:
         if not 0 <= slot < self.num_slots or num_bytes > self.slot_bytes:
-            raise _BrokenFormat(f"{num_bytes} bytes in slot {slot} of a ring of {self.num_slots}")
+            raise BrokenFormat(f"{num_bytes} bytes in slot {slot} of a ring of {self.num_slots}")
         start = slot * self.slot_bytes
         return memoryview(self.memory)[start : start + num_bytes]
-
-
-class _Stream:
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._read = bytearray()
-
-    async def read(self, num_bytes: int) -> bytes:
-        """Raises EOFError."""
-        loop = asyncio.get_running_loop()
-        while len(self._read) < num_bytes:
-            data = await loop.sock_recv(self._socket, _READ_BYTES)
-            if not data:
-                raise EOFError
-            self._read += data
-        taken = bytes(memoryview(self._read)[:num_bytes])
-        del self._read[:num_bytes]
-        return taken
 
 
 async def _take_ring(sock: socket.socket) -> _Ring:
@@ -309,17 +260,17 @@ async def _take_ring(sock: socket.socket) -> _Ring:
     hello, fds, _, _ = socket.recv_fds(sock, _HELLO.size, 1)
     try:
         if len(hello) != _HELLO.size or len(fds) != 1:
-            raise _BrokenFormat(f"a hello of {len(hello)} bytes with {len(fds)} descriptors")
+            raise BrokenFormat(f"a hello of {len(hello)} bytes with {len(fds)} descriptors")
         magic, num_slots, _, slot_bytes = _HELLO.unpack(hello)
         if magic != _MAGIC:
-            raise _BrokenFormat(f"a hello of another version: {magic!r}")
+            raise BrokenFormat(f"a hello of another version: {magic!r}")
         if not 0 < num_slots <= QUEUE_FRAMES or not 0 < slot_bytes <= MAX_PART_BYTES:
-            raise _BrokenFormat(f"a ring of {num_slots} slots of {slot_bytes} bytes")
+            raise BrokenFormat(f"a ring of {num_slots} slots of {slot_bytes} bytes")
         # Reading behind the end of a file that shrank would end this process.
         if fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-            raise _BrokenFormat("the ring's file is not sealed")
+            raise BrokenFormat("the ring's file is not sealed")
         if os.fstat(fds[0]).st_size != num_slots * slot_bytes:
-            raise _BrokenFormat("the ring's file has another size than the ring")
+            raise BrokenFormat("the ring's file has another size than the ring")
         memory = mmap.mmap(fds[0], num_slots * slot_bytes, prot=mmap.PROT_READ)
     finally:
         for fd in fds:

@@ -22,7 +22,7 @@ from kv_transfer.transports.zeromq import TCP, CurveKeys, ZeroMqReceiver, ZeroMq
 TIMEOUT_S = 30.0
 FRAME_BYTES = 2**20
 CURVE = "zeromq_curve"
-KINDS = ["in_process", "shared_memory", "zeromq", "zeromq_ipc", CURVE]
+KINDS = ["in_process", "shared_memory", "zeromq", "zeromq_ipc", CURVE, "gloo"]
 BETWEEN_PROCESSES = [kind for kind in KINDS if kind not in ("in_process", CURVE)]
 TELLS_LOSS = [kind for kind in KINDS if not kind.startswith("zeromq")]
 """ZeroMQ connects again without a word."""

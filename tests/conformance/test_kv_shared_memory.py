@@ -150,7 +150,7 @@ async def test_more_peers_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch
 
 def _peers(receiver: object) -> int:
     assert isinstance(receiver, SharedMemoryReceiver)
-    return receiver._num_peers
+    return receiver.num_peers
 
 
 async def test_a_receiver_that_gives_back_what_it_did_not_have() -> None:

@@ -92,7 +92,7 @@ async def test_auto_takes_the_nearest_way_there_is() -> None:
         assert ways[3][1] == "nothing nearer reaches the peer"
 
 
-@pytest.mark.parametrize("kind", ["shared_memory", "zeromq", "zeromq_ipc"])
+@pytest.mark.parametrize("kind", ["shared_memory", "zeromq", "zeromq_ipc", "gloo"])
 async def test_a_forced_transport_carries_every_byte(kind: str) -> None:
     async with nothing_left(), world(kind) as w:
         await w.uplink.open(w.offers)
@@ -134,39 +134,41 @@ def test_a_peer_of_version_1_is_reached_by_zeromq() -> None:
     assert offers_of(HelloReply("", 1, "p-0", "1", "prefill", "fp")) == ()
 
 
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
 async def test_zeromq_carries_while_a_lost_link_is_made_anew(
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uplink_module, "RETRY_S", 0.3)
-    async with nothing_left(), world("shared_memory") as w:
+    async with nothing_left(), world(kind) as w:
         await w.uplink.open(w.offers)
         await w.send(b"before")
-        await until(lambda: len(w.parts) == 1, "by shared memory")
+        await until(lambda: len(w.parts) == 1, "by the link that was chosen")
         w.made[0].close()
         await w.send(b"meanwhile")
         assert w.uplink.kind == "zeromq"
-        assert w.uplink.reason == "shared_memory was lost (closed) and is being made anew"
+        assert w.uplink.reason == f"{kind} was lost (closed) and is being made anew"
         await until(lambda: len(w.parts) == 2, "by ZeroMQ")
         number = 0
-        while w.uplink.kind != "shared_memory":
+        while w.uplink.kind != kind:
             await w.send(b"%d" % number)
             await asyncio.sleep(0.02)
             number += 1
-        assert w.uplink.reason == "asked for by kv_transfer.transport: shared_memory (made anew)"
+        assert w.uplink.reason == f"asked for by kv_transfer.transport: {kind} (made anew)"
         await w.send(b"after")
-        await until(lambda: w.parts[-1][1] == b"after", "by shared memory again")
+        await until(lambda: w.parts[-1][1] == b"after", "by the link that was made anew")
         assert [way for way, _, _ in (w.parts[0], w.parts[1], w.parts[-1])] == [
-            "shared_memory",
+            kind,
             "zeromq",
-            "shared_memory",
+            kind,
         ]
         assert sum(w.uplink.bytes_by_kind().values()) == 1_000 * (number + 3)
-        assert [sender.kind for sender in w.made] == ["shared_memory", "zeromq", "shared_memory"]
+        assert [sender.kind for sender in w.made] == [kind, "zeromq", kind]
 
 
-async def test_a_frame_in_a_lost_ring_goes_by_the_next_way() -> None:
-    """``room`` was in the ring, which is lost before ``send``: the bytes are still there."""
-    async with nothing_left(), world("shared_memory") as w:
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+async def test_a_frame_in_a_lost_links_memory_goes_by_the_next_way(kind: str) -> None:
+    """``room`` was the transport's own, which is lost before ``send``; its bytes are not."""
+    async with nothing_left(), world(kind) as w:
         await w.uplink.open(w.offers)
         room = await w.uplink.room(1_000)
         assert room is not None
