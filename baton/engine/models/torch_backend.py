@@ -17,7 +17,7 @@ from baton.engine.models.backend import Embedding, GroupedProduct, Product
 from baton.engine.rope import Rotation
 from baton.engine.step_inputs import StepInputs
 
-KERNELS_VERSION = 1
+KERNELS_VERSION = 2
 """Raised whenever a change to a kernel changes a bit of its results."""
 TILE_ROWS = 32
 """Rows of one product in deterministic mode. The library's choice of an algorithm depends on
