@@ -3,8 +3,9 @@
 Each cell keeps so many sequences running and so many waiting. Sequences end at different
 times, waiting ones take their seats and blocks, and as many new ones arrive: admission, prefix
 lookup, growth over block borders and the end of a sequence are all part of what is timed.
-Times are of the processor that runs the scheduler's one thread, so that neighbours on the
-machine do not count.
+Times are of the processor that runs the scheduler's one thread, so that waiting for neighbours
+on the machine does not count. What they take of caches still would: each cell is run several
+times, which are alike to the last token, and of each step the fastest time counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from baton.engine.block_pool import BlockPool
 from baton.engine.plan import SampledToken, StepPlan, StepResult
-from baton.engine.scheduler import Scheduler, Sequence
+from baton.engine.scheduler import Scheduler, SchedulerCounts, Sequence
 from baton.protocol.config import EngineConfig
 from baton.protocol.sampling import SamplingParams
 from benchmarks.provenance import Provenance, provenance, slug
@@ -42,6 +43,7 @@ class Settings(msgspec.Struct, frozen=True):
     prompt are one of ten system prompts."""
 
     num_steps: int
+    num_repeats: int = 1
     prompt_tokens: tuple[int, int] = (64, 448)
     num_shared: int = 64
     output_tokens: tuple[int, int] = (16, 240)
@@ -128,18 +130,15 @@ def answer(plan: StepPlan) -> StepResult:
 
 
 def measure_cell(num_running: int, num_waiting: int, settings: Settings) -> Cell:
-    load = Load(num_running, num_waiting, settings)
-    for _ in range(MAX_WARM_UP_STEPS):
-        load.step()
-        if load.scheduler.num_running == num_running:
-            break
-    load.num_finished = load.num_chunks = 0
-    before = load.scheduler.counts
-    gc.collect()
-    seconds = sorted(load.step() for _ in range(settings.num_steps))
+    fastest: list[float] = []
+    for _ in range(settings.num_repeats):
+        load, before = warmed_up(num_running, num_waiting, settings)
+        times = [load.step() for _ in range(settings.num_steps)]
+        fastest = [min(pair) for pair in zip(fastest or times, times, strict=True)]
     after = load.scheduler.counts
     queried = after.num_cache_queried_tokens - before.num_cache_queried_tokens
     hits = after.num_cache_hit_tokens - before.num_cache_hit_tokens
+    seconds = sorted(fastest)
     return Cell(
         num_running=num_running,
         num_waiting=num_waiting,
@@ -151,6 +150,20 @@ def measure_cell(num_running: int, num_waiting: int, settings: Settings) -> Cell
         num_chunks=load.num_chunks,
         cache_hit_rate=hits / queried if queried else 0.0,
     )
+
+
+def warmed_up(
+    num_running: int, num_waiting: int, settings: Settings
+) -> tuple[Load, SchedulerCounts]:
+    """With all seats taken, and its counts so far."""
+    load = Load(num_running, num_waiting, settings)
+    for _ in range(MAX_WARM_UP_STEPS):
+        load.step()
+        if load.scheduler.num_running == num_running:
+            break
+    load.num_finished = load.num_chunks = 0
+    gc.collect()
+    return load, load.scheduler.counts
 
 
 def measure(settings: Settings, tell: Callable[[str], None]) -> Result:
@@ -195,6 +208,13 @@ def write(result: Result, folder: Path) -> Path:
     help="Timed steps of each cell.",
 )
 @click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Runs of each cell; of each step the fastest counts.",
+)
+@click.option(
     "--out",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -202,19 +222,23 @@ def write(result: Result, folder: Path) -> Path:
     help="Folder for the JSON. Default: benchmarks/results.",
 )
 @click.option(
-    "--enforce", is_flag=True, help=f"Fail when the largest cell's median reaches {LIMIT_MS} ms."
+    "--enforce",
+    is_flag=True,
+    help=f"Fail when the largest cell's 99th percentile reaches {LIMIT_MS} ms.",
 )
-def main(steps: int, folder: Path, enforce: bool) -> None:
+def main(steps: int, repeats: int, folder: Path, enforce: bool) -> None:
     """Time the engine's scheduler from 64 to 1,024 running and 0 to 10,000 waiting requests."""
-    result = measure(Settings(num_steps=steps), lambda text: click.echo(text, err=True))
+    settings = Settings(num_steps=steps, num_repeats=repeats)
+    result = measure(settings, lambda text: click.echo(text, err=True))
     Console(highlight=False).print(table_of(result))
     largest = result.cells[-1]
     click.echo(
         f"{largest.num_running:,} running, {largest.num_waiting:,} waiting: "
-        f"{largest.median_ms:.2f} ms, the limit is {LIMIT_MS} ms"
+        f"{largest.median_ms:.2f} ms, 99 % of the steps under {largest.p99_ms:.2f} ms, "
+        f"the longest {largest.max_ms:.2f} ms; the limit is {LIMIT_MS} ms"
     )
     click.echo(f"written: {write(result, folder)}")
-    if enforce and largest.median_ms >= LIMIT_MS:
+    if enforce and largest.p99_ms >= LIMIT_MS:
         raise SystemExit(1)
 
 
