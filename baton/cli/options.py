@@ -12,6 +12,7 @@ from baton.client.types import Options
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_MAX_TOKENS = 128
+DEFAULT_CALIBRATION_TEXTS = 96
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

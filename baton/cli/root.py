@@ -15,6 +15,7 @@ EXIT_UNREACHABLE = 4
 EXIT_INTERRUPTED = 130
 
 _COMMANDS = {
+    "calibrate": "make the KV codec profile of a checkpoint",
     "chat": "talk with the model in the terminal",
     "complete": "continue a prompt, streaming",
     "serve": "start the cluster of a config file; Ctrl-C drains and ends it",
