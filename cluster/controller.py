@@ -94,6 +94,8 @@ class Controller:
         def loaded(done_bytes: int, total_bytes: int) -> None:
             nonlocal state
             state = f"has {done_bytes / total_bytes:.0%} of {total_bytes / 1e9:.1f} GB of weights"
+            if done_bytes == total_bytes:
+                state += " and makes its kernels ready"
 
         starting = asyncio.ensure_future(self._launcher.start_worker(spec, loaded))
         try:
