@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -175,7 +174,7 @@ class Executor:
         backend = backend_for(
             device, num_threads=settings.num_threads, deterministic=settings.deterministic
         )
-        layout = KvLayout(
+        layout = KvLayout.uniform(
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
@@ -184,6 +183,7 @@ class Executor:
             arithmetic=f"{backend.arithmetic}/tp-{settings.num_ranks}"
             if settings.deterministic
             else "",
+            windows=spec.sliding_windows,
         )
         with torch.inference_mode():
             parameters = load_parameters(
@@ -195,7 +195,7 @@ class Executor:
                 shard=settings.shard,
             )
             cache = KvCache(
-                msgspec.structs.replace(layout, num_kv_heads=part.num_kv_heads),
+                layout.of_rank(settings.num_ranks),
                 num_blocks=settings.num_blocks,
                 block_size=settings.block_size,
                 dtype=cache_dtype,

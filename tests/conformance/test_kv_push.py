@@ -27,7 +27,7 @@ from kv_transfer.transports.make import Receivers, make_sender
 from kv_transfer.transports.uplink import Uplink
 from tests.conformance.kv_ends import nothing_left, running, until
 
-LAYOUT = KvLayout(
+LAYOUT = KvLayout.uniform(
     num_layers=4, num_kv_heads=2, head_dim=64, dtype="float32", model_digest="conformance"
 )
 FRAME_BYTES = 256 * 1_024

@@ -17,7 +17,7 @@ from kv_transfer.frames import RAW, Coverage, FrameCut, cut_frames
 
 FAST = settings(deadline=None, max_examples=100)
 LAYOUTS = st.builds(
-    KvLayout,
+    KvLayout.uniform,
     num_layers=st.integers(1, 6),
     num_kv_heads=st.integers(1, 3),
     head_dim=st.integers(1, 8),
@@ -120,7 +120,9 @@ def test_a_frame_out_of_turn_is_refused_and_changes_nothing(
     assert coverage.is_complete
 
 
-LAYOUT = KvLayout(num_layers=2, num_kv_heads=1, head_dim=2, dtype="float32", model_digest="m")
+LAYOUT = KvLayout.uniform(
+    num_layers=2, num_kv_heads=1, head_dim=2, dtype="float32", model_digest="m"
+)
 
 
 @pytest.mark.parametrize(

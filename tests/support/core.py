@@ -14,7 +14,9 @@ from baton.protocol.sampling import SamplingParams
 VOCAB_SIZE = 1_000
 EOS_ID = 999
 DECODE = WorkerRef("d-0", "inc-d", "tcp://127.0.0.1:1")
-LAYOUT = KvLayout(num_layers=3, num_kv_heads=1, head_dim=4, dtype="float32", model_digest="m")
+LAYOUT = KvLayout.uniform(
+    num_layers=3, num_kv_heads=1, head_dim=4, dtype="float32", model_digest="m"
+)
 ROW_BYTES = LAYOUT.bytes_per_token_layer
 
 

@@ -44,7 +44,7 @@ class Model:
         spec = load_spec(folder)
         backend = TorchBackend(target, deterministic=False)
         parameters = load_parameters(folder, spec, dtype=torch.float32, device=target)
-        layout = KvLayout(
+        layout = KvLayout.uniform(
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,

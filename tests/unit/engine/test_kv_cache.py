@@ -9,7 +9,7 @@ LAYERS, HEADS, DIM = 3, 2, 4
 
 
 def make_cache(dtype: str = "float32", *, num_blocks: int = 6, block_size: int = 8) -> KvCache:
-    layout = KvLayout(
+    layout = KvLayout.uniform(
         num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, dtype=dtype, model_digest="x"
     )
     return KvCache(

@@ -13,7 +13,9 @@ from baton.protocol.layout import KvLayout
 
 def cache_of(num_blocks: int, dtype: torch.dtype, device: str = "cpu") -> KvCache:
     name = str(dtype).removeprefix("torch.")
-    layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=4, dtype=name, model_digest="m")
+    layout = KvLayout.uniform(
+        num_layers=3, num_kv_heads=2, head_dim=4, dtype=name, model_digest="m"
+    )
     cache = KvCache(
         layout, num_blocks=num_blocks, block_size=8, dtype=dtype, device=torch.device(device)
     )

@@ -11,7 +11,9 @@ from baton.protocol.layout import KvLayout
 from baton.protocol.messages import TransferCancel, WorkerRef
 from prefill_worker.links import DecodeLinks
 
-LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=64, dtype="float32", model_digest="x")
+LAYOUT = KvLayout.uniform(
+    num_layers=1, num_kv_heads=1, head_dim=64, dtype="float32", model_digest="x"
+)
 
 
 async def test_a_nonsense_address_is_refused_and_the_links_live_on():

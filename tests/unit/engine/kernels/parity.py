@@ -295,7 +295,9 @@ def test_copies_are_equal_to_the_bit_and_skip_slot_minus_one(dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cache_moves_the_same_bytes_by_kernels(dtype: str) -> None:
-    layout = KvLayout(num_layers=3, num_kv_heads=2, head_dim=24, dtype=dtype, model_digest="")
+    layout = KvLayout.uniform(
+        num_layers=3, num_kv_heads=2, head_dim=24, dtype=dtype, model_digest=""
+    )
     caches = [
         KvCache(layout, num_blocks=6, block_size=8, dtype=getattr(torch, dtype),
                 device=torch.device("cpu"))

@@ -194,7 +194,9 @@ def test_copies(dtype: torch.dtype) -> None:
 
 
 def test_a_cache_on_a_gpu_gives_and_takes_the_bytes_of_one_on_a_cpu() -> None:
-    layout = KvLayout(num_layers=5, num_kv_heads=8, head_dim=128, dtype="bfloat16", model_digest="")
+    layout = KvLayout.uniform(
+        num_layers=5, num_kv_heads=8, head_dim=128, dtype="bfloat16", model_digest=""
+    )
     caches = [
         KvCache(layout, num_blocks=70, block_size=16, dtype=torch.bfloat16, device=device)
         for device in (torch.device("cpu"), torch.device(CUDA))

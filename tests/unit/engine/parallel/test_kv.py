@@ -9,7 +9,9 @@ from baton.engine.parallel.kv import join_heads, split_heads
 from baton.protocol.errors import InternalError
 from baton.protocol.layout import KvLayout
 
-LAYOUT = KvLayout(num_layers=3, num_kv_heads=4, head_dim=6, dtype="float16", model_digest="m")
+LAYOUT = KvLayout.uniform(
+    num_layers=3, num_kv_heads=4, head_dim=6, dtype="float16", model_digest="m"
+)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
