@@ -10,7 +10,7 @@ from baton.engine.block_pool import BlockPool
 from baton.engine.executor import Executor
 from baton.engine.scheduler import Scheduler
 from baton.protocol.clock import Clock
-from baton.protocol.messages import Hello, HelloReply, KvFrame, KvOffer, TransferEnd
+from baton.protocol.messages import Hello, HelloReply, KvFrame, KvLink, KvOffer, TransferEnd
 from baton.protocol.spec import WorkerSpec
 from baton.worker.events import ShellFacts
 from baton.worker.shell import WorkerShell
@@ -128,4 +128,5 @@ class DecodeService:
             kv_bytes_received=sum(received.values()),
             kv_transport="+".join(sorted(received)),
             num_tasks=len(asyncio.all_tasks()),
+            kv_links=tuple(KvLink("", kind, "", count) for kind, count in received.items()),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import zmq.asyncio
@@ -17,7 +17,15 @@ from baton.messaging.link import Link
 from baton.protocol.config import KvTransferConfig
 from baton.protocol.errors import IncompatiblePeer, WireError
 from baton.protocol.layout import KvLayout
-from baton.protocol.messages import AnyMessage, Hello, HelloReply, KvOffer, Message, WorkerRef
+from baton.protocol.messages import (
+    AnyMessage,
+    Hello,
+    HelloReply,
+    KvLink,
+    KvOffer,
+    Message,
+    WorkerRef,
+)
 from kv_transfer.instructions import PushEnd, PushKv
 from kv_transfer.pusher import KvPusher, ReadKv
 from kv_transfer.transports.choose import offers_of
@@ -25,6 +33,7 @@ from kv_transfer.transports.make import make_sender
 from kv_transfer.transports.uplink import Uplink
 
 IDLE_S = 120.0
+MAX_REASON = 500
 
 
 @dataclass(slots=True)
@@ -34,7 +43,17 @@ class _Connection:
     uplink: Uplink
     tasks: list[asyncio.Task[None]]
     used_at: float
+    decode_id: str
     is_greeted: bool = False
+
+    def links(self) -> Iterator[KvLink]:
+        """What sends now, first; then what sent before it was lost."""
+        sent = self.uplink.bytes_by_kind()
+        kind = self.uplink.kind
+        if kind:
+            yield KvLink(self.decode_id, kind, self.uplink.reason[:MAX_REASON], sent.pop(kind, 0))
+        for other, count in sent.items():
+            yield KvLink(self.decode_id, other, "", count)
 
 
 class DecodeLinks:
@@ -60,20 +79,10 @@ class DecodeLinks:
         self._group: asyncio.TaskGroup | None = None
         self._closed_bytes: Counter[str] = Counter()
 
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Payload bytes sent since start, by transport."""
-        counts = Counter(self._closed_bytes)
-        for connection in self._connections.values():
-            counts.update(connection.uplink.bytes_by_kind())
-        return dict(counts)
-
-    def reasons(self) -> dict[str, tuple[str, str]]:
-        """(transport, why that one) of each decode worker that has a KV link now."""
-        return {
-            decode.worker_id: (connection.uplink.kind, connection.uplink.reason)
-            for decode, connection in self._connections.items()
-            if connection.uplink.kind
-        }
+    def links(self) -> tuple[KvLink, ...]:
+        """The KV link of each decode worker, and what links that are closed sent."""
+        closed = [KvLink("(closed)", kind, "", count) for kind, count in self._closed_bytes.items()]
+        return (*(link for c in self._connections.values() for link in c.links()), *closed)
 
     async def run(self) -> None:
         """Own the links' tasks until cancelled."""
@@ -131,7 +140,7 @@ class DecodeLinks:
             lambda kind: make_sender(kind, self._context, frame_bytes),
         )
         task = self._group.create_task(link.run(), name=f"link to {decode.worker_id}")
-        return _Connection(link, pusher, uplink, [task], now)
+        return _Connection(link, pusher, uplink, [task], now, decode.worker_id)
 
     def _greeted(self, decode: WorkerRef, reply: HelloReply) -> None:
         connection = self._connections.get(decode)

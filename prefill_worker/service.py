@@ -120,10 +120,11 @@ class PrefillService:
 
     def _facts(self) -> ShellFacts:
         self._links.close_idle(self._clock.now())
-        sent = self._links.bytes_by_kind()
+        links = self._links.links()
         return ShellFacts(
-            kv_bytes_sent=sum(sent.values()),
+            kv_bytes_sent=sum(link.num_bytes for link in links),
             kv_bytes_received=0,
-            kv_transport="+".join(sorted({kind for kind, _ in self._links.reasons().values()})),
+            kv_transport="+".join(sorted({link.transport for link in links})),
             num_tasks=len(asyncio.all_tasks()),
+            kv_links=links,
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from baton.protocol.ids import RequestId
+from baton.protocol.messages import KvLink
 from baton.protocol.sampling import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
@@ -123,6 +124,7 @@ class WorkerLoad:
     num_cache_hit_tokens: int
     num_draft_tokens: int
     num_accepted_draft_tokens: int
+    kv_links: tuple[KvLink, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,4 +226,13 @@ def _worker_load(load: WorkerLoad) -> pb.WorkerLoad:
         num_cache_hit_tokens=load.num_cache_hit_tokens,
         num_draft_tokens=load.num_draft_tokens,
         num_accepted_draft_tokens=load.num_accepted_draft_tokens,
+        kv_links=[
+            pb.KvLink(
+                peer=link.peer,
+                transport=link.transport,
+                reason=link.reason,
+                num_bytes=link.num_bytes,
+            )
+            for link in load.kv_links
+        ],
     )

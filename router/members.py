@@ -149,4 +149,5 @@ def _load(member: Member, now: float) -> WorkerLoad:
         num_cache_hit_tokens=report.num_cache_hit_tokens if report else 0,
         num_draft_tokens=report.num_draft_tokens if report else 0,
         num_accepted_draft_tokens=report.num_accepted_draft_tokens if report else 0,
+        kv_links=report.kv_links if report else (),
     )

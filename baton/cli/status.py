@@ -74,7 +74,8 @@ def _view(address: str, health: Health, model: ModelInfo, loads: Loads) -> Group
         f"  {model.name} ({model.architecture}, {model.dtype}, {model.max_model_len} tokens)"
         f" at {address}: {loads.num_queued} queued, {loads.num_running} running",
     )
-    return Group(head, _table(loads.workers), *_remarks(loads.workers))
+    links = [line for worker in loads.workers for line in _links(worker)]
+    return Group(head, _table(loads.workers), *links, *_remarks(loads.workers))
 
 
 def _table(workers: tuple[WorkerLoad, ...]) -> Table:
@@ -84,7 +85,6 @@ def _table(workers: tuple[WorkerLoad, ...]) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("run", "wait", "KV used", "KV sent", "KV got"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("via", no_wrap=True)
     table.add_column("age", justify="right", no_wrap=True)
     for worker in workers:
         used = worker.num_blocks - worker.num_free_blocks
@@ -98,10 +98,19 @@ def _table(workers: tuple[WorkerLoad, ...]) -> Table:
             f"{share:.0%}",
             human_bytes(worker.kv_bytes_sent),
             human_bytes(worker.kv_bytes_received),
-            worker.kv_transport or "-",
             f"{worker.age_s:.1f}s",
         )
     return table
+
+
+def _links(worker: WorkerLoad) -> list[Text]:
+    """What carries its KV to each peer, and why that; and what brought it, whoever sent it."""
+    lines = []
+    for link in worker.kv_links:
+        way = f"-> {link.peer}" if link.peer else "<- peers"
+        said = f"{worker.worker_id} {way}: {link.transport}, {human_bytes(link.num_bytes)}"
+        lines.append(Text(f"{said} ({link.reason})" if link.reason else said))
+    return lines
 
 
 def _remarks(workers: tuple[WorkerLoad, ...]) -> list[Text]:

@@ -8,6 +8,7 @@ from baton.client.types import (
     Chunk,
     Completion,
     FinishReason,
+    KvLink,
     Loads,
     ModelInfo,
     Span,
@@ -176,4 +177,8 @@ def _worker_load(message: pb.WorkerLoad) -> WorkerLoad:
         num_cache_hit_tokens=message.num_cache_hit_tokens,
         num_draft_tokens=message.num_draft_tokens,
         num_accepted_draft_tokens=message.num_accepted_draft_tokens,
+        kv_links=tuple(
+            KvLink(link.peer, link.transport, link.reason, link.num_bytes)
+            for link in message.kv_links
+        ),
     )

@@ -207,6 +207,17 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class KvLink:
+    """What carries KV from a worker to ``peer``, and why; or, where ``peer`` is "", how much
+    came in by that transport."""
+
+    peer: str
+    transport: str
+    reason: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLoad:
     """A worker's last report of itself, ``age_s`` seconds old; counters since its start."""
 
@@ -235,6 +246,7 @@ class WorkerLoad:
     num_cache_hit_tokens: int
     num_draft_tokens: int
     num_accepted_draft_tokens: int
+    kv_links: tuple[KvLink, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

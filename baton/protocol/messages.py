@@ -22,6 +22,7 @@ OLDEST_WIRE_VERSION = 1
 
 MAX_PROMPT_TOKENS = 1_048_576
 MAX_BATCH_ITEMS = 65_536
+MAX_KV_LINKS = 256
 
 Id = Annotated[str, Meta(min_length=1, max_length=192)]
 Text = Annotated[str, Meta(max_length=4_096)]
@@ -196,6 +197,19 @@ class RouterAlive(Message, frozen=True):
     attempts: Annotated[tuple[HeldAttempt, ...], Meta(max_length=MAX_BATCH_ITEMS)] = ()
 
 
+class KvLink(msgspec.Struct, frozen=True, array_like=True):
+    """What carries KV between this worker and a peer.
+
+    peer: the decode worker that it is sent to; "" for all that comes in by one transport.
+    reason: why it is that transport, for people; "" where the peer chose.
+    """
+
+    peer: Text
+    transport: Text
+    reason: Text
+    num_bytes: Count
+
+
 class LoadReport(Message, frozen=True):
     """Worker to router, a few times a second; its absence is how a loss is noticed."""
 
@@ -229,6 +243,8 @@ class LoadReport(Message, frozen=True):
     num_draft_tokens: Count = 0
     """Tokens that were guessed and verified; since start."""
     num_accepted_draft_tokens: Count = 0
+    kv_links: Annotated[tuple[KvLink, ...], Meta(max_length=MAX_KV_LINKS)] = ()
+    """That are open, or carried anything since start; the first MAX_KV_LINKS of them."""
 
 
 class Reserve(Message, frozen=True):

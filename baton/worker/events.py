@@ -7,7 +7,7 @@ from typing import Protocol
 
 from baton.engine.plan import StepPlan, StepResult
 from baton.protocol.constraint import Constraint
-from baton.protocol.messages import AnyMessage, LoadReport, Message
+from baton.protocol.messages import AnyMessage, KvLink, LoadReport, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,10 @@ class ShellFacts:
     kv_bytes_sent: int
     kv_bytes_received: int
     kv_transport: str
+    """Names of what carries KV, joined by "+"."""
     num_tasks: int
     """asyncio tasks of the whole process: they must come back to their idle number."""
+    kv_links: tuple[KvLink, ...] = ()
 
 
 class Decider(Protocol):

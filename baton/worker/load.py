@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from baton.engine.scheduler import Scheduler
-from baton.protocol.messages import LoadReport
+from baton.protocol.messages import MAX_KV_LINKS, LoadReport
 from baton.worker.events import ShellFacts
 
 
@@ -48,6 +48,7 @@ def load_report(
         num_cache_hit_tokens=counts.num_cache_hit_tokens,
         num_draft_tokens=counts.num_draft_tokens,
         num_accepted_draft_tokens=counts.num_accepted_draft_tokens,
+        kv_links=facts.kv_links[:MAX_KV_LINKS],
     )
 
 

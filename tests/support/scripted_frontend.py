@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from baton.protocol.errors import Cancelled, DeadlineExceeded, RequestConflict
 from baton.protocol.ids import RequestId
+from baton.protocol.messages import KvLink
 from baton.protocol.sampling import TokenLogprobs, TopLogprob
 from router.frontend import (
     FinishReason,
@@ -270,4 +271,8 @@ def a_worker_load() -> WorkerLoad:
         num_cache_hit_tokens=750,
         num_draft_tokens=40,
         num_accepted_draft_tokens=33,
+        kv_links=(
+            KvLink("d-1", "shared_memory", "same host", 6_000),
+            KvLink("", "zeromq", "", 2**40),
+        ),
     )

@@ -321,7 +321,7 @@ class GetLoadsResponse(_message.Message):
     def __init__(self, num_queued: _Optional[int] = ..., num_running: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "state", "address", "num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_parked", "num_preemptions", "num_backpressured", "kv_bytes_sent", "kv_bytes_received", "kv_transport", "num_leases", "num_tasks", "integrity_errors", "step_count", "age_s", "num_swapped_out", "num_cache_queried_tokens", "num_cache_hit_tokens", "num_draft_tokens", "num_accepted_draft_tokens")
+    __slots__ = ("worker_id", "incarnation", "role", "state", "address", "num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_parked", "num_preemptions", "num_backpressured", "kv_bytes_sent", "kv_bytes_received", "kv_transport", "num_leases", "num_tasks", "integrity_errors", "step_count", "age_s", "num_swapped_out", "num_cache_queried_tokens", "num_cache_hit_tokens", "num_draft_tokens", "num_accepted_draft_tokens", "kv_links")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +347,7 @@ class WorkerLoad(_message.Message):
     NUM_CACHE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_LINKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: str
@@ -372,7 +373,20 @@ class WorkerLoad(_message.Message):
     num_cache_hit_tokens: int
     num_draft_tokens: int
     num_accepted_draft_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_parked: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_backpressured: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., kv_transport: _Optional[str] = ..., num_leases: _Optional[int] = ..., num_tasks: _Optional[int] = ..., integrity_errors: _Optional[_Iterable[str]] = ..., step_count: _Optional[int] = ..., age_s: _Optional[float] = ..., num_swapped_out: _Optional[int] = ..., num_cache_queried_tokens: _Optional[int] = ..., num_cache_hit_tokens: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_draft_tokens: _Optional[int] = ...) -> None: ...
+    kv_links: _containers.RepeatedCompositeFieldContainer[KvLink]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_parked: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_backpressured: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., kv_transport: _Optional[str] = ..., num_leases: _Optional[int] = ..., num_tasks: _Optional[int] = ..., integrity_errors: _Optional[_Iterable[str]] = ..., step_count: _Optional[int] = ..., age_s: _Optional[float] = ..., num_swapped_out: _Optional[int] = ..., num_cache_queried_tokens: _Optional[int] = ..., num_cache_hit_tokens: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_draft_tokens: _Optional[int] = ..., kv_links: _Optional[_Iterable[_Union[KvLink, _Mapping]]] = ...) -> None: ...
+
+class KvLink(_message.Message):
+    __slots__ = ("peer", "transport", "reason", "num_bytes")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    transport: str
+    reason: str
+    num_bytes: int
+    def __init__(self, peer: _Optional[str] = ..., transport: _Optional[str] = ..., reason: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("code", "message", "hop", "retryable", "param", "request_id")

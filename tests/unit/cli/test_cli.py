@@ -161,6 +161,8 @@ def test_status_shows_workers_and_their_faults(server: Served) -> None:
     spared = "d-0: tokens spared by prefix cache 750 of 1000 (75%), by guesses 33 of 40 (82%)"
     assert spared in result.stdout
     assert "d-0: integrity: free + held != total" in result.stdout
+    assert "d-0 -> d-1: shared_memory, 5.9 KiB (same host)" in result.stdout
+    assert "d-0 <- peers: zeromq, 1.0 TiB" in result.stdout
 
 
 def test_status_as_json(server: Served) -> None:
@@ -172,6 +174,15 @@ def test_status_as_json(server: Served) -> None:
     assert (worker["num_cache_hit_tokens"], worker["num_cache_queried_tokens"]) == (750, 1_000)
     assert (worker["num_accepted_draft_tokens"], worker["num_draft_tokens"]) == (33, 40)
     assert worker["num_swapped_out"] == 10
+    assert worker["kv_links"] == [
+        {
+            "peer": "d-1",
+            "transport": "shared_memory",
+            "reason": "same host",
+            "num_bytes": 6_000,
+        },
+        {"peer": "", "transport": "zeromq", "reason": "", "num_bytes": 2**40},
+    ]
 
 
 @pytest.mark.parametrize(
