@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
-
 from baton.engine.block_pool import BlockPool
 from baton.engine.plan import FailedSequence, StepPlan
 from baton.engine.scheduler import NewToken, Scheduler
@@ -16,7 +14,6 @@ from baton.protocol.messages import (
     Denied,
     Dispatch,
     Granted,
-    HopTimes,
     LoadReport,
     RequestBody,
     TransferAck,
@@ -36,10 +33,11 @@ from baton.worker.events import (
     StepWanted,
     Tick,
 )
-from baton.worker.jobs import Job, Jobs, sequence_of, token_item
+from baton.worker.jobs import Jobs, sequence_of, token_item
 from baton.worker.load import load_report
 from kv_transfer.instructions import SendClosed, SendInstruction
 from kv_transfer.sender import Sender, owner_name
+from prefill_worker.jobs import PrefillJob
 
 ROLE = "prefill"
 MAX_JOBS = 8_192
@@ -59,13 +57,6 @@ class DecodeRefused:
 
     decode: WorkerRef
     reason: str
-
-
-@dataclass(slots=True, kw_only=True)
-class PrefillJob(Job):
-    """Open until its KV is acknowledged, or it ended here."""
-
-    decode: WorkerRef
 
 
 class PrefillDecider:
@@ -192,10 +183,8 @@ class PrefillDecider:
         self._plan = plan
         instructions: list[object] = [RunStep(plan)]
         for seq_id, job in self._jobs.begin(plan, now):
-            if job.body.sampling.max_tokens > len(job.body.output_ids) + 1:
-                left_s = max(0.0, job.deadline_at - now)
-                body = msgspec.structs.replace(job.body, deadline_in_s=left_s)
-                instructions += self._sender.begin(seq_id, job.decode, body, now)
+            if job.goes_on:
+                instructions += self._sender.begin(seq_id, job.decode, job.handed_on(now), now)
         return instructions
 
     def _book(self, plan: StepPlan, news: list[NewToken], now: float) -> list[object]:
@@ -219,14 +208,8 @@ class PrefillDecider:
         sequence = new.sequence
         seq_id = sequence.seq_id
         job = self._jobs[seq_id]
-        assert job.started_at is not None
-        hop = HopTimes(
-            queued_s=job.started_at - job.arrived_at,
-            prefill_s=now - job.started_at,
-            num_chunks=sequence.num_chunks,
-            preemptions=sequence.num_preemptions,
-        )
-        self._desk.put(job.body.router_id, token_item(job.body, new, hop), now)
+        item = token_item(job.body, new, job.hop_times(sequence, now))
+        self._desk.put(job.body.router_id, item, now)
         if new.finish_reason:
             self._jobs.end(seq_id)
             return [*self._sender.cancel(seq_id, now)]
