@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from baton.engine.cuda_graphs import DecodeGraphs, Recording
+from baton.engine.cuda_graphs import DecodeGraphs, Recording, empty_inputs, fill
 from baton.engine.executor import Executor
 from baton.engine.models import backends
 from baton.engine.models.torch_backend import TorchBackend
 from baton.engine.plan import SequenceChunk, StepPlan
-from baton.engine.step_inputs import StepShape, build_inputs
+from baton.engine.step_inputs import SharedPrefixes, StepInputs, StepShape, build_inputs
+from baton.engine.warm_up import made_up
 from baton.protocol.sampling import SamplingParams
 from tests.support.tiny_checkpoint import TINY_LLAMA, TINY_MISTRAL, write_checkpoint
 from tests.unit.engine.test_cuda_graphs import Again
@@ -137,6 +139,29 @@ def test_replayed_steps_know_what_each_of_them_shares(model: Model) -> None:
         alone = torch.cat([model.run(chunk) for chunk in chunks])
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
     assert len(recorded) == 2, "24 rows with a shared prefix, and without"
+
+
+def test_groups_of_an_earlier_step_do_not_stay_in_a_graphs_inputs() -> None:
+    shape = StepShape(61, 64, BLOCK_SIZE, torch.device("cpu"))
+
+    def step(num_rows: int, *sizes: int) -> StepInputs:
+        starts = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0).int()
+        rows = torch.arange(num_rows, dtype=torch.int32).flip(0)[: sum(sizes)]
+        shared = SharedPrefixes(torch.full((num_rows,), 512, dtype=torch.int32), rows, starts)
+        return replace(made_up(shape, num_rows), shared=shared)
+
+    own = empty_inputs(step(17, 4, 4, 5), 24, 64)
+    for inputs in (step(17, 4, 4, 5), step(9, 6)):
+        fill(own, inputs)
+        assert own.shared is not None
+        assert inputs.shared is not None
+        num_rows, num_bounds = inputs.num_decodes, len(inputs.shared.starts)
+        assert own.shared.prefix_lens.tolist() == [512] * num_rows + [0] * (24 - num_rows)
+        assert len(own.shared.rows) == 24
+        assert torch.equal(own.shared.rows[: len(inputs.shared.rows)], inputs.shared.rows)
+        bounds = own.shared.starts.tolist()
+        assert bounds[:num_bounds] == inputs.shared.starts.tolist()
+        assert bounds[num_bounds:] == [bounds[num_bounds - 1]] * (7 - num_bounds)
 
 
 def test_only_a_backend_that_may_sum_in_another_order_shares() -> None:

@@ -18,6 +18,7 @@ from baton.engine.sampling.rows import SampleRow
 from baton.protocol.layout import KvLayout
 from baton.protocol.sampling import SamplingParams
 from tests.unit.engine.kernels.cases import (
+    UNREADABLE_BLOCK,
     assert_close,
     both,
     check,
@@ -170,11 +171,12 @@ def test_shared_prefix_attention(
     assert not found[4].any()
 
 
-def test_a_group_of_more_rows_than_a_tile() -> None:
+def test_a_group_of_more_rows_than_a_tile_reads_its_prefix_by_its_first_row() -> None:
     lengths = [513 + n for n in range(20)]
     kv = with_prefixes(lengths, 64, FLOAT32, {tuple(range(19)): 512})
-    check("shared_prefix_decode_attention", randn(20, 14, 64, dtype=FLOAT32, device="cpu"), *kv,
-          scale=0.11, soft_cap=None)  # fmt: skip
+    kv[2][1:19, : 512 // 32] = UNREADABLE_BLOCK
+    q = randn(20, 14, 64, dtype=FLOAT32, device="cpu")
+    check("shared_prefix_decode_attention", q, *kv, scale=0.11, soft_cap=None)
 
 
 def with_prefixes(
