@@ -10,10 +10,9 @@ symbol, a quarter for each table.
     1                    tables for each of K and V: 1 or 4
     2                    bytes of the tables
     4, 4                 bytes of K's and of V's rANS stream
-    ...                  K's tables, then V's: first symbol, last symbol, the frequencies between
-                         (below 128 one byte, else 7 low bits with the top bit set, then the rest)
-    2 * ceil(C / 4)      with four tables: each channel's, four to a byte, K's channels, then V's
     body_bytes * 2n      body planes of the layer's 2n elements
+    ...                  K's tables, then V's (``rans_tables``)
+    2 * ceil(C / 4)      with four tables: each channel's, four to a byte, K's channels, then V's
     ...                  K's stream, V's stream
 """
 
@@ -127,23 +126,19 @@ class EntropyCodec:
         dims, kernels = _Dims(*symbols.shape[1:]), self._kernels
         num_classes = CLASSES if dims.n >= _CLASSES_FROM_ELEMENTS else 1
         num_lanes = lanes_for(dims.n)
-        # The body's place is known only when the tables are; symbols come with the body.
-        body_bytes = bits.size * self._form.body_bytes
-        fixed_at = _HEAD.size + _MAX_TABLE_BYTES + 2 * _packed_classes(dims.channels, CLASSES)
-        body = room[fixed_at : fixed_at + body_bytes]
+        tables_at = _HEAD.size + bits.size * self._form.body_bytes
+        body = room[_HEAD.size : tables_at]
         kernels.take_apart(self._form, bits, symbols.reshape(-1), body)
         table_of = _classify(kernels.sums(symbols), num_classes)
         freqs = kernels.normalise(kernels.counts(symbols, table_of, 2 * num_classes))
         tables = RansTables(freqs)
         written = write_tables(freqs)
-        end = _HEAD.size + len(written)
-        room[_HEAD.size : end] = np.frombuffer(written, np.uint8)
+        end = tables_at + len(written)
+        room[tables_at:end] = np.frombuffer(written, np.uint8)
         if num_classes > 1:
             packed = _pack_classes(table_of % num_classes)
             room[end : end + packed.size] = packed
             end += packed.size
-        room[end : end + body_bytes] = body
-        end += body_bytes
         lengths = []
         for run, index in zip(symbols, table_of, strict=True):
             flat = run.reshape(-1)
@@ -162,19 +157,20 @@ class EntropyCodec:
             raise CodecError(
                 f"an entropy-coded layer of 2**{log_lanes} lanes, {num_classes} tables"
             )
-        classes_at = _HEAD.size + table_bytes
-        body_at = classes_at + 2 * _packed_classes(dims.channels, num_classes)
-        streams_at = body_at + bits.size * self._form.body_bytes
+        tables_at = _HEAD.size + bits.size * self._form.body_bytes
+        classes_at = tables_at + table_bytes
+        streams_at = classes_at + 2 * _packed_classes(dims.channels, num_classes)
         if streams_at + sum(lengths) != coded.size:
             raise CodecError(f"an entropy-coded layer of {coded.size} bytes: its parts have others")
-        tables = RansTables(read_tables(coded[_HEAD.size : classes_at], 2 * num_classes))
-        table_of = _unpack_classes(coded[classes_at:body_at], dims.channels, num_classes)
+        tables = RansTables(read_tables(coded[tables_at:classes_at], 2 * num_classes))
+        table_of = _unpack_classes(coded[classes_at:streams_at], dims.channels, num_classes)
         at = streams_at
         for run, index, length in zip(symbols, table_of, lengths, strict=True):
             stream = coded[at : at + length]
             kernels.decode(stream, index, tables, 1 << log_lanes, run.reshape(-1))
             at += length
-        kernels.put_together(self._form, symbols.reshape(-1), coded[body_at:streams_at], bits)
+        body = coded[_HEAD.size : tables_at]
+        kernels.put_together(self._form, symbols.reshape(-1), body, bits)
 
 
 def _dims(kv: Array) -> _Dims:

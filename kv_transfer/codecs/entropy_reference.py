@@ -20,6 +20,7 @@ __all__ = [
 
 
 def encode_into(symbols: U8, index: U8, tables: RansTables, num_lanes: int, out: U8) -> int:
+    """As ``rans_compiled.encode_into``."""
     coded = encode_reference(symbols, index, tables, num_lanes)
     out[: coded.size] = coded
     return coded.size

@@ -48,14 +48,16 @@ class RansTables:
 
     frequencies: int64 ``[num_tables, alphabet]``; each row sums to 4,096; a symbol of frequency
     0 cannot be coded. symbol_of: uint8 ``[num_tables, 4096]``, slot to symbol. spans: uint32
-    ``[num_tables, alphabet]``, first slot in the high half, frequency in the low. reciprocals:
-    uint64, ``ceil(2**44 / f)``, so that ``x // f == x * r >> 44`` for every x < f << 20.
+    ``[num_tables, row]``, first slot in the high half, frequency in the low; ``row`` is the
+    alphabet up to a power of two, so that kernels shift to a row instead of multiplying. coding:
+    uint64 ``[num_tables, row, 2]``: ``r = ceil(2**44 / f)``, so that ``x // f == x * r >> 44``
+    for every x < f << 20, and the span again, beside it.
     """
 
     frequencies: NDArray[np.int64]
     symbol_of: U8 = field(init=False, repr=False)
     spans: NDArray[np.uint32] = field(init=False, repr=False)
-    reciprocals: NDArray[np.uint64] = field(init=False, repr=False)
+    coding: NDArray[np.uint64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         freqs = np.ascontiguousarray(self.frequencies, np.int64)
@@ -69,12 +71,15 @@ class RansTables:
         begins = np.cumsum(freqs, axis=1) - freqs
         symbols = np.tile(np.arange(alphabet, dtype=np.uint8), num_tables)
         symbol_of = np.repeat(symbols, freqs.reshape(-1)).reshape(num_tables, PROB_SCALE)
-        divisors = np.maximum(freqs, 1)
+        spans = np.zeros((num_tables, 1 << (alphabet - 1).bit_length()), np.uint32)
+        spans[:, :alphabet] = begins << 16 | freqs
+        divisors = np.maximum(spans & 0xFFFF, 1).astype(np.int64)
+        coding = np.stack([-(-(1 << _RECIPROCAL_SHIFT) // divisors), spans], axis=2)
         derived: dict[str, NDArray[Any]] = {
             "frequencies": freqs,
             "symbol_of": symbol_of,
-            "spans": (begins << 16 | freqs).astype(np.uint32),
-            "reciprocals": (-(-(1 << _RECIPROCAL_SHIFT) // divisors)).astype(np.uint64),
+            "spans": spans,
+            "coding": coding.astype(np.uint64),
         }
         for name, array in derived.items():
             array.setflags(write=False)
@@ -87,6 +92,11 @@ class RansTables:
     @property
     def alphabet(self) -> int:
         return int(self.frequencies.shape[1])
+
+    @property
+    def log_row(self) -> int:
+        """Binary logarithm of the entries of a row of ``spans``."""
+        return int(self.spans.shape[1]).bit_length() - 1
 
     def bits(self) -> NDArray[np.float64]:
         """``[num_tables, alphabet]``: what each symbol costs; infinite where it cannot be coded."""
@@ -198,7 +208,7 @@ def decode_reference(coded: U8, index: U8, tables: RansTables, num_lanes: int, o
 
 
 def check_arguments(symbols: U8, index: U8, tables: RansTables, num_lanes: int) -> None:
-    """Our own side's promises, held by all implementations."""
+    """Our own side's promises, held by all implementations. ``symbols`` may be what is written."""
     assert symbols.dtype == np.uint8, symbols.dtype
     assert index.dtype == np.uint8, index.dtype
     assert symbols.flags.c_contiguous

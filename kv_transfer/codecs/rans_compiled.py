@@ -25,6 +25,7 @@ from kv_transfer.codecs.rans import (
 )
 
 U32, U64 = np.uint32, np.uint64
+_LEAST_PERIOD = 256
 _ENDED_EARLY = -1
 
 
@@ -41,10 +42,13 @@ def encode_into(symbols: U8, index: U8, tables: RansTables, num_lanes: int, out:
     """
     check_arguments(symbols, index, tables, num_lanes)
     assert out.size >= max_coded_bytes(symbols.size, num_lanes), out.size
-    num_bytes: int = _encode(symbols, index, tables.reciprocals, tables.spans, num_lanes, out)
+    is_known = symbols.size == 0 or int(symbols.max()) < tables.alphabet
+    rows = np.left_shift(_repeated(index), tables.log_row, dtype=np.uint16)
+    coding = tables.coding.reshape(-1)
+    num_bytes = _encode(symbols, rows, coding, num_lanes, out) if is_known else -1
     if num_bytes < 0:
-        raise ValueError("a symbol has frequency 0 in its table")
-    return num_bytes
+        raise ValueError("a symbol has frequency 0 in its table, or is not in it")
+    return int(num_bytes)
 
 
 def decode(coded: U8, index: U8, tables: RansTables, num_lanes: int, out: U8) -> None:
@@ -53,11 +57,18 @@ def decode(coded: U8, index: U8, tables: RansTables, num_lanes: int, out: U8) ->
     num_words = check_coded(coded, num_lanes)
     words = coded[: num_words * WORD_BYTES]
     states = coded[num_words * WORD_BYTES :].copy().view("<u4")
-    left = _decode(words, states, index, tables.symbol_of, tables.spans, out)
+    index = _repeated(index)
+    symbol_of, spans = tables.symbol_of.reshape(-1), tables.spans.reshape(-1)
+    left = _decode(words, states, index, symbol_of, spans, tables.log_row, out)
     if left == _ENDED_EARLY:
         raise CodecError(f"rANS stream ends before its {out.size} symbols")
     if left or (states != STATE_START).any():
         raise CodecError(f"rANS stream of {out.size} symbols does not end where it began")
+
+
+def _repeated(index: U8) -> U8:
+    """The same sequence with a longer period: kernels run through one at a time."""
+    return index if index.size >= _LEAST_PERIOD else np.tile(index, -(-_LEAST_PERIOD // index.size))
 
 
 def normalise(counts: NDArray[Any]) -> NDArray[np.int64]:
@@ -102,65 +113,61 @@ def _normalise(counts: NDArray[np.float64], out: NDArray[np.int64]) -> None:
 
 
 @primitive
-def put_symbol(x: Any, span: Any, reciprocal: Any) -> Any:
-    """The state with the symbol; ``x < freq << 20`` must hold. For kernels."""
-    quotient = U32((U64(x) * reciprocal) >> U64(44))
-    return x + quotient * (U32(4096) - (span & U32(0xFFFF))) + (span >> U32(16))
+def _encode_period(
+    symbols: U8, rows: NDArray[np.uint16], lane: Any, coding: Any, states: Any, out: U8, end: Any
+) -> Any:
+    """(where the words end, a number with the top bit set where a symbol cannot be coded).
+
+    lane: of the first symbol.
+    """
+    lane_mask, missing = U64(states.size - 1), U32(0)
+    i = U64(symbols.size)
+    while i > U64(0):
+        i -= U64(1)
+        entry = (U64(rows[i]) | U64(symbols[i])) << U64(1)
+        span = U32(coding[entry + U64(1)])
+        freq = span & U32(0xFFFF)
+        missing |= freq - U32(1)
+        x = states[(i + lane) & lane_mask]
+        out[end] = x & U32(0xFF)
+        out[end + U64(1)] = (x >> U32(8)) & U32(0xFF)
+        is_full = x >> U32(20) >= freq
+        end += U64(is_full) << U64(1)
+        x = x >> (U32(is_full) << U32(4))
+        quotient = U32((U64(x) * coding[entry]) >> U64(44))
+        states[(i + lane) & lane_mask] = x + quotient * (U32(4096) - freq) + (span >> U32(16))
+    return end, missing
 
 
 @kernel
-def _encode(
-    symbols: U8,
-    index: U8,
-    reciprocals: NDArray[np.uint64],
-    spans: NDArray[np.uint32],
-    num_lanes: int,
-    out: U8,
-) -> Any:
-    """Bytes written, or -1 where a symbol cannot be coded."""
+def _encode(symbols: U8, rows: Any, coding: Any, num_lanes: int, out: U8) -> Any:
+    """Bytes written, or -1 where a symbol cannot be coded.
+
+    rows: uint16, where each table's row begins in ``coding``, for one period. The inner loop has
+    few enough values for a processor's registers: what a symbol does not need is kept out of it.
+    """
     states = np.full(num_lanes, U32(65536), np.uint32)
-    lane_mask, alphabet = U64(num_lanes - 1), spans.shape[1]
-    end, period = U64(0), U64(index.size)
-    i = U64(symbols.size)
-    at = i % period
-    is_codable = True
-    while i > U64(0):
-        i -= U64(1)
-        at = (period if at == U64(0) else at) - U64(1)
-        symbol, table = symbols[i], index[at]
-        if symbol >= alphabet:
-            return -1
-        span = spans[table, symbol]
-        freq = span & U32(0xFFFF)
-        is_codable &= freq != U32(0)
-        x = states[i & lane_mask]
-        out[end] = x & U32(0xFF)
-        out[end + U64(1)] = (x >> U32(8)) & U32(0xFF)
-        is_full = x >= freq << U32(20)
-        end += U64(is_full) << U64(1)
-        x = x >> (U32(is_full) << U32(4))
-        states[i & lane_mask] = put_symbol(x, span, reciprocals[table, symbol])
-    for lane in range(num_lanes):
+    end, missing, period = U64(0), U32(0), rows.size
+    for begin in range((symbols.size - 1) // period * period, -1, -period):
+        stop = min(begin + period, symbols.size)
+        lane = U64(begin) & U64(num_lanes - 1)
+        chunk, chunk_rows = symbols[begin:stop], rows[: stop - begin]
+        end, found = _encode_period(chunk, chunk_rows, lane, coding, states, out, end)
+        missing |= found
+    for state in states:
         for byte in range(4):
-            out[end] = (states[lane] >> U32(8 * byte)) & U32(0xFF)
+            out[end] = (state >> U32(8 * byte)) & U32(0xFF)
             end += U64(1)
-    return np.int64(end) if is_codable else -1
+    return -1 if missing >> U32(31) else np.int64(end)
 
 
 @primitive
-def take_symbol(x: Any, table: Any, symbol_of: U8, spans: NDArray[np.uint32]) -> Any:
-    """(symbol, state without it); a state below 2**16 then needs a word. For kernels."""
+def _take(x: Any, table: Any, symbol_of: U8, spans: NDArray[np.uint32], row: Any) -> Any:
+    """(symbol, state without it); a state below 2**16 then needs a word."""
     slot = x & U32(4095)
-    symbol = symbol_of[table, slot]
-    span = spans[table, symbol]
+    symbol = symbol_of[U64(table) << U64(12) | U64(slot)]
+    span = spans[U64(table) << row | U64(symbol)]
     return symbol, (span & U32(0xFFFF)) * (x >> U32(12)) + slot - (span >> U32(16))
-
-
-@primitive
-def word_before(words: U8, left: Any) -> Any:
-    """The last of ``left`` words; ``left`` must not be 0. For kernels."""
-    last = (left - U64(1)) << U64(1)
-    return U32(words[last]) | U32(words[last + U64(1)]) << U32(8)
 
 
 @kernel
@@ -170,6 +177,7 @@ def _decode(
     index: U8,
     symbol_of: U8,
     spans: NDArray[np.uint32],
+    log_row: int,
     out: U8,
 ) -> Any:
     """Words left when all symbols are out, or -1 when they did not suffice.
@@ -177,28 +185,29 @@ def _decode(
     A symbol takes at most one word. So as many symbols as words are left need no test for the
     end; when none are left, the remaining symbols must not ask for any.
     """
-    lane_mask = U64(states.size - 1)
-    left, period = U64(words.size // 2), U64(index.size)
-    i, at, num_symbols = U64(0), U64(0), U64(out.size)
+    lane_mask, row = U64(states.size - 1), U64(log_row)
+    left, period, num_symbols = U64(words.size // 2), U64(index.size), U64(out.size)
+    i, at = U64(0), U64(0)
     while i < num_symbols and left > U64(0):
-        stop = min(num_symbols, i + left)
+        at = U64(0) if at == period else at
+        stop = min(i + min(left, period - at), num_symbols)
         while i < stop:
-            symbol, x = take_symbol(states[i & lane_mask], index[at], symbol_of, spans)
+            symbol, x = _take(states[i & lane_mask], index[at], symbol_of, spans, row)
             out[i] = symbol
-            word = word_before(words, left)
+            last = (left - U64(1)) << U64(1)
+            word = U32(words[last]) | U32(words[last + U64(1)]) << U32(8)
             is_short = x < U32(65536)
             states[i & lane_mask] = (x << U32(16)) | word if is_short else x
             left -= U64(is_short)
             i += U64(1)
             at += U64(1)
-            at = U64(0) if at == period else at
     while i < num_symbols:
-        symbol, x = take_symbol(states[i & lane_mask], index[at], symbol_of, spans)
+        at = U64(0) if at == period else at
+        symbol, x = _take(states[i & lane_mask], index[at], symbol_of, spans, row)
         out[i] = symbol
         if x < U32(65536):
             return -1
         states[i & lane_mask] = x
         i += U64(1)
         at += U64(1)
-        at = U64(0) if at == period else at
     return np.int64(left)

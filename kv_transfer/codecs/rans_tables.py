@@ -18,16 +18,8 @@ from kv_transfer.codecs.rans import MAX_ALPHABET, U8
 
 def write_tables(frequencies: NDArray[np.int64]) -> bytes:
     """frequencies: ``[num_tables, 256]``, each row with a symbol that is used."""
-    parts = []
-    for row in frequencies:
-        used = np.flatnonzero(row)
-        first, last = int(used[0]), int(used[-1])
-        between = row[first : last + 1]
-        is_long = between >= 128
-        pairs = np.stack([between & 127 | is_long << 7, between >> 7], axis=1).astype(np.uint8)
-        is_sent = np.stack([np.ones_like(is_long), is_long], axis=1)
-        parts.append(bytes([first, last]) + pairs[is_sent].tobytes())
-    return b"".join(parts)
+    out = np.empty(frequencies.shape[0] * (2 + 2 * MAX_ALPHABET), np.uint8)
+    return out[: _write(frequencies, out)].tobytes()
 
 
 def read_tables(data: U8, num_tables: int) -> NDArray[np.int64]:
@@ -39,6 +31,27 @@ def read_tables(data: U8, num_tables: int) -> NDArray[np.int64]:
     if _read(data, frequencies) != data.size:
         raise CodecError(f"{data.size} bytes are not {num_tables} tables of frequencies")
     return frequencies
+
+
+@kernel
+def _write(frequencies: Any, out: Any) -> Any:
+    """Bytes written."""
+    at = 0
+    for row in frequencies:
+        used = np.flatnonzero(row)
+        first, last = used[0], used[-1]
+        out[at], out[at + 1] = first, last
+        at += 2
+        for symbol in range(first, last + 1):
+            value = row[symbol]
+            if value >= 128:
+                out[at] = value & 127 | 128
+                out[at + 1] = value >> 7
+                at += 2
+            else:
+                out[at] = value
+                at += 1
+    return at
 
 
 @kernel

@@ -103,7 +103,7 @@ def test_division_by_reciprocal_is_exact():
         limit = freq << 20
         tops = np.arange(limit - 3 * freq, limit, dtype=object)
         states = [x for x in (*range(65536, 65536 + 3 * freq), *tops) if x < limit]
-        reciprocal = int(tables.reciprocals[0, 0])
+        reciprocal = int(tables.coding[0, 0, 0])
         assert all(x * reciprocal >> 44 == x // freq for x in states)
         assert (limit - 1) * reciprocal < 1 << 64
 
