@@ -17,7 +17,7 @@ from baton.protocol.errors import ConfigError
 SUFFIXES = (".py", ".md", ".rst", ".txt", ".json", ".jsonl", ".c", ".h", ".js", ".ts", ".html")
 MIN_FILE_BYTES = 4_000
 MAX_FILE_BYTES = 400_000
-_NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__")
+_LEFT_OUT = ("site-packages", "dist-packages", "__pycache__")
 
 
 def standard_library() -> Path:
@@ -57,15 +57,15 @@ def _files(sources: Sequence[Path]) -> Iterator[Path]:
         if source.is_file():
             yield source
         elif source.is_dir():
-            yield from (f for f in sorted(source.rglob("*")) if _is_text(f))
+            yield from (f for f in sorted(source.rglob("*")) if _is_text(f, source))
         else:
             raise ConfigError(f"--text {source}: no such file or folder", param="text")
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(path: Path, source: Path) -> bool:
     return (
         path.suffix in SUFFIXES
-        and not any(part in _NOT_LIBRARY for part in path.parts)
+        and not any(part in _LEFT_OUT for part in path.relative_to(source).parts)
         and path.is_file()
         and MIN_FILE_BYTES <= path.stat().st_size <= MAX_FILE_BYTES
     )

@@ -1,0 +1,1 @@
+"""What the KV measurements share: texts, baselines, statistics."""
