@@ -17,7 +17,7 @@ TORCH_PIP_ARGS ?=
 ARGS ?=
 TRAIN_OUT ?= .runtime/baton-tiny-new
 
-.PHONY: help venv demo serve test check bench bench-engine bench-scheduling proto lock train-tiny wheels clean
+.PHONY: help venv demo serve test check bench bench-engine bench-scheduling fuzz-codecs proto lock train-tiny wheels clean
 
 help: ## list the targets
 	@echo "Baton: disaggregated prefill/decode serving. On a fresh machine: make demo, then make test."
@@ -66,6 +66,9 @@ bench-engine: venv ## the engine alone beside vLLM's CPU build and transformers 
 
 bench-scheduling: venv ## what one scheduling step costs, up to 1,024 running and 10,000 waiting
 	@$(BIN)/python -m benchmarks.scheduling $(ARGS)
+
+fuzz-codecs: venv ## damaged KV streams against every codec, with bounds checks, for ten minutes
+	@$(BIN)/python -m tests.fuzz.codecs $(ARGS)
 
 proto: venv ## write the gRPC stubs from baton/api/v1/baton.proto
 	@$(BIN)/python tools/generate_proto.py
