@@ -9,8 +9,8 @@ import pytest
 
 from baton.protocol.errors import ConfigError
 from kv_transfer.codecs.container import StreamWriter, read_header, read_sections
-from kv_transfer.codecs.contract import CodecError, KvPart
-from kv_transfer.codecs.lossy import Implementation, LossyCodec
+from kv_transfer.codecs.contract import CodecError, Implementation, KvPart
+from kv_transfer.codecs.lossy import LossyCodec
 from kv_transfer.codecs.lossy_profile import Profile
 from tests.support.kv_profiles import LEVELS, Geometry, Source, to_float
 
@@ -134,10 +134,11 @@ def test_damage_behind_a_right_checksum_is_an_error_or_harmless(
     made = source()
     kv, part = made.kv(30, seed=7), KvPart(0, 0, 30)
     codec = LossyCodec(made.geometry, profile(), "kv1", implementation)
+    stream = bytes(codec.encode(kv, part))
     rng = np.random.default_rng(8)
     refused = 0
     for _ in range(200):
-        damaged = _with_damaged_section(bytes(codec.encode(kv, part)), rng)
+        damaged = _with_damaged_section(stream, rng)
         try:
             codec.decode(damaged, part, np.empty_like(kv))
         except CodecError:
