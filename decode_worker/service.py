@@ -89,10 +89,11 @@ class DecodeService:
             worker_id=self._spec.worker_id,
             incarnation=self._incarnation,
             role=self._spec.pool.role,
-            layout_fingerprint=self._executor.layout.fingerprint(),
+            layout_fingerprint=self._executor.layout.fingerprint(version),
             kv_address=next(o.address for o in self._kv_offers if o.transport == FALLBACK),
             capacity_tokens=engine.num_blocks * engine.block_size,
             kv_offers=self._kv_offers,
+            layout=self._executor.layout,
         )
 
     def _on_frame(self, frame: KvFrame, payload: memoryview, checksum: int, transport: str) -> None:

@@ -89,8 +89,9 @@ class PrefillService:
             worker_id=self._spec.worker_id,
             incarnation=self._incarnation,
             role=ROLE,
-            layout_fingerprint=self._executor.layout.fingerprint(),
+            layout_fingerprint=self._executor.layout.fingerprint(version),
             capacity_tokens=engine.num_blocks * engine.block_size,
+            layout=self._executor.layout,
         )
 
     def _perform(self, instruction: object) -> None:

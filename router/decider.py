@@ -53,6 +53,7 @@ from router.events import (
     ToWorker,
 )
 from router.frontend import GenerateSpec, Loads
+from router.kv_fit import goes_unchanged, why_none_fits
 from router.members import Members
 from router.placement import Placer
 
@@ -94,16 +95,14 @@ class RouterDecider:
         if self._draining:
             return "the router is draining"
         up = [m for m in self._members if m.is_placeable]
-        layouts = {role: {m.fingerprint for m in up if m.role == role} for role in ROLES}
-        if layouts["mixed"] or layouts["prefill"] & layouts["decode"]:
+        by_role = {role: [m for m in up if m.role == role] for role in ROLES}
+        prefills, decodes = by_role["prefill"], by_role["decode"]
+        if by_role["mixed"] or any(goes_unchanged(p, d) for p in prefills for d in decodes):
             return None
-        missing = [role for role in ("prefill", "decode") if not layouts[role]]
+        missing = [role for role in ("prefill", "decode") if not by_role[role]]
         if missing:
             return f"no {' and no '.join(missing)} worker is up"
-        return (
-            "no prefill worker has the KV layout of a decode worker: model folder, dtype or "
-            "version differ between them"
-        )
+        return why_none_fits(prefills, decodes)
 
     def alive(self, now: float) -> list[Instruction]:
         """To each worker: this router lives, and what it believes the worker to have."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from baton.protocol.layout import KvLayout
 from baton.protocol.lifecycle import MEMBER_TRANSITIONS, Machine, MemberEvent, MemberState
 from baton.protocol.messages import HelloReply, LoadReport, WorkerRef
 from baton.protocol.spec import WorkerInfo
@@ -27,11 +28,15 @@ class Member:
     machine: Machine[MemberState, MemberEvent]
     seen_at: float
     fingerprint: str = ""
+    """Of its KV layout, in the form of wire version 1 where it has one: so workers of both
+    versions are compared with each other."""
     capacity_tokens: int = 0
     report: LoadReport | None = None
     charged_tokens: int = 0
     placed_last: int = 0
     """Number of the last placement on it, so that a new member has no backlog to catch up."""
+    layout: KvLayout | None = None
+    """None of one that speaks wire version 1."""
 
     @property
     def worker_id(self) -> str:
@@ -81,7 +86,12 @@ class Members:
             member.machine.move(MemberEvent.REFUSED, now)
             return
         member.machine.move(MemberEvent.ACCEPTED, now)
-        member.fingerprint = reply.layout_fingerprint
+        member.layout = layout = reply.layout
+        member.fingerprint = (
+            reply.layout_fingerprint
+            if layout is None
+            else layout.fingerprint(1 if layout.is_uniform else 2)
+        )
         member.capacity_tokens = reply.capacity_tokens
         member.seen_at = now
 

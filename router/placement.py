@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from router.kv_fit import goes_unchanged
 from router.members import Member
 
 GROWTH_TOKENS = 256
@@ -87,7 +88,7 @@ class Placer:
         )
         for decode in decodes:
             for prefill in prefills:
-                if prefill.fingerprint == decode.fingerprint:
+                if goes_unchanged(prefill, decode):
                     return self._charge(need, prefill, decode)
         mixed = min((m for m in roomy if m.role == "mixed"), key=self._score, default=None)
         return None if mixed is None else self._charge(need, None, mixed)

@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -46,6 +47,8 @@ class Link:
     ) -> None:
         self.address = address
         self.is_ready = False
+        self.version = 0
+        """That is spoken; 0 before the hello is answered."""
         self._hello = hello
         self._on_message = on_message
         self._on_reply = on_reply
@@ -110,11 +113,23 @@ class Link:
             self.is_ready = False
             self._send(self._hello)
             return
-        self.is_ready = not message.refusal
+        message = self._checked(message)
+        self.is_ready, self.version = not message.refusal, message.version
         while self.is_ready and self._pending:
             self._send(self._pending.popleft())
         if self._on_reply is not None:
             self._on_reply(message)
+
+    def _checked(self, reply: HelloReply) -> HelloReply:
+        """A peer must not speak what was not offered to it."""
+        oldest, newest = self._hello.oldest_version, self._hello.newest_version
+        if reply.refusal or oldest <= reply.version <= newest:
+            return reply
+        reason = (
+            f"{reply.worker_id} wants to speak wire version {reply.version}; "
+            f"{oldest} to {newest} were offered"
+        )
+        return msgspec.structs.replace(reply, refusal=reason, version=0)
 
 
 def make_hello(sender_id: str, incarnation: str, role: str) -> Hello:

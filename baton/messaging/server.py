@@ -57,6 +57,21 @@ def agree_on_version(hello: Hello) -> int:
     return version if version >= max(hello.oldest_version, OLDEST_WIRE_VERSION) else 0
 
 
+def why_not(hello: Hello) -> str:
+    """For the log of whoever said a hello in which no version is in common."""
+    if hello.newest_version < OLDEST_WIRE_VERSION:
+        older = f"upgrade {hello.sender_id}"
+    elif hello.oldest_version > WIRE_VERSION:
+        older = "upgrade the one that was greeted"
+    else:
+        older = f"{hello.sender_id} names them the wrong way round"
+    return (
+        f"no wire version in common: {hello.role} {hello.sender_id} speaks "
+        f"{hello.oldest_version} to {hello.newest_version}, the one it greeted "
+        f"{OLDEST_WIRE_VERSION} to {WIRE_VERSION}; {older}"
+    )
+
+
 class MessageServer:
     """``on_message(peer, message)`` runs on the event loop and must not block."""
 
@@ -134,11 +149,7 @@ class MessageServer:
             return
         version = agree_on_version(hello)
         if not version:
-            reason = (
-                f"wire versions {hello.oldest_version} to {hello.newest_version} are not spoken "
-                f"here: {OLDEST_WIRE_VERSION} to {WIRE_VERSION}"
-            )
-            self._send(routing_id, _refuse(reason))
+            self._send(routing_id, _refuse(why_not(hello)))
             return
         older = self._newest.get(hello.sender_id)
         if older is not None and older != key:

@@ -119,6 +119,11 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
         return sum(len(group.layers) for group in self.groups)
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether layers differ in nothing but their reach."""
+        return len({(group.num_kv_heads, group.head_dim) for group in self.groups}) == 1
+
+    @property
     def num_kv_heads(self) -> int:
         """Of every layer; raises InternalError where layers differ."""
         return self._shape[0]
@@ -208,7 +213,7 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether KV of one layout can go to a worker of another.
+    """Whether KV of one layout, at the prefill end, can go to a worker of another.
 
     reason: why not, for people; "" when it can. is_cast: it can, but each element becomes one of
     another dtype on arrival: as after a lossy codec, this is not the KV that prefill computed.
@@ -226,13 +231,16 @@ def fit(source: KvLayout, target: KvLayout) -> Fit:
     if source == target:
         return FITS
     if source.model_digest != target.model_digest:
-        return Fit(f"model {source.model_digest} there, {target.model_digest} here")
+        return _differ("model", source.model_digest, target.model_digest)
     if source.groups != target.groups:
-        return Fit(f"{_told(source)} there, {_told(target)} here")
+        return _differ("KV of", _told(source), _told(target))
     if source.arithmetic != target.arithmetic:
-        there, here = source.arithmetic or "any", target.arithmetic or "any"
-        return Fit(f"arithmetic {there!r} there, {here!r} here")
+        return _differ("arithmetic", source.arithmetic or "any", target.arithmetic or "any")
     return Fit(is_cast=True)
+
+
+def _differ(what: str, source: str, target: str) -> Fit:
+    return Fit(f"{what} {source} at the prefill end, {target} at the decode end")
 
 
 def _told(layout: KvLayout) -> str:

@@ -5,6 +5,7 @@ with a default. ``baton.messaging.codec`` packs and validates them.
 
 Wire versions:
   1  first release
+  2  KV in groups of layers, coded by a codec per frame, with credits (``kv_transfer.frames``)
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from baton.protocol.layout import KvLayout
 from baton.protocol.sampling import SamplingParams, TokenLogprobs
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 OLDEST_WIRE_VERSION = 1
-"""N and N-1 speak together (the lower is spoken); version 1 has no predecessor."""
+"""N and N-1 speak together (the lower is spoken); others are refused in the hello."""
 
 MAX_PROMPT_TOKENS = 1_048_576
 MAX_BATCH_ITEMS = 65_536
@@ -57,7 +59,11 @@ class KvOffer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HelloReply(Message, frozen=True):
-    """``refusal`` is empty when the link is accepted; the rest then describes the worker."""
+    """``refusal`` is empty when the link is accepted; the rest then describes the worker.
+
+    version: that is spoken, the lower of the newest of both. layout_fingerprint: as that version
+    has it; from version 2 on ``layout`` says what is behind it.
+    """
 
     refusal: Text
     version: Count
@@ -70,6 +76,7 @@ class HelloReply(Message, frozen=True):
     capacity_tokens: Count = 0
     """The longest request (prompt and output) that the KV pool can hold."""
     kv_offers: Annotated[tuple[KvOffer, ...], Meta(max_length=16)] = ()
+    layout: KvLayout | None = None
 
 
 class WorkerRef(msgspec.Struct, frozen=True, array_like=True):

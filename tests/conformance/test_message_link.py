@@ -138,7 +138,7 @@ async def test_what_was_sent_before_the_hello_follows_it_in_order() -> None:
         assert linked.messages == expected
         assert [message for _, message in served.messages] == expected
         [reply] = linked.replies
-        assert reply == HelloReply("", 1, "w-0", "inc-w", "decode", "fp", "tcp://kv", 64)
+        assert reply == HelloReply("", WIRE_VERSION, "w-0", "inc-w", "decode", "fp", "tcp://kv", 64)
         assert served.server.peers("router") == [Peer("router-0", "1", "router", WIRE_VERSION)]
         assert served.server.peers("prefill") == []
         assert not served.server.send("stranger|1", Abort("r", 0))
@@ -152,7 +152,10 @@ async def test_a_version_from_the_future_is_refused_for_good() -> None:
         linked.link.send(Abort("r", 0))
         async with running(linked.link.run()):
             await until(lambda: linked.replies, "refused")
-            assert "wire versions 2 to 3 are not spoken here: 1 to 1" in linked.replies[0].refusal
+            assert linked.replies[0].refusal == (
+                "no wire version in common: router router-0 speaks 3 to 4, the one it greeted "
+                "1 to 2; upgrade the one that was greeted"
+            )
             assert not linked.link.is_ready
         assert (served.messages, served.server.peers("router")) == ([], [])
 

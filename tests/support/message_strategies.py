@@ -9,6 +9,7 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
+from baton.protocol.layout import DTYPE_BYTES, KvLayout
 from baton.protocol.messages import AnyMessage, Message
 
 KINDS: tuple[type[Message], ...] = get_args(AnyMessage)
@@ -56,8 +57,25 @@ def _of(info: inspect.Type) -> st.SearchStrategy[Any]:
     raise AssertionError(f"no strategy for {info!r}")
 
 
+LAYOUTS = st.lists(st.none() | st.integers(1, 9), min_size=1, max_size=MAX_ITEMS).flatmap(
+    lambda windows: st.builds(
+        KvLayout.uniform,
+        num_layers=st.just(len(windows)),
+        num_kv_heads=st.integers(1, 8),
+        head_dim=st.integers(1, 8),
+        dtype=st.sampled_from(list(DTYPE_BYTES)),
+        model_digest=st.text(max_size=12),
+        arithmetic=st.text(max_size=12),
+        windows=st.just(windows),
+    )
+)
+"""Not any fields are a layout."""
+
+
 @cache
 def _struct(cls: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
+    if cls is KvLayout:
+        return LAYOUTS
     info = inspect.type_info(cls)
     assert isinstance(info, inspect.StructType)
     return st.builds(cls, **{field.name: _of(field.type) for field in info.fields})

@@ -184,8 +184,9 @@ def test_which_layers_slide_changes_the_fingerprint() -> None:
     reasons = [fit(layouts[0], other).reason for other in layouts[1:]]
     assert all(reasons)
     assert reasons[0] == (
-        "sliding layers 0,2 of window 4 with 1 heads of 2; full layers 1 with 1 heads of 2 there, "
-        "sliding layers 0-1 of window 4 with 1 heads of 2; full layers 2 with 1 heads of 2 here"
+        "KV of sliding layers 0,2 of window 4 with 1 heads of 2; full layers 1 with 1 heads of 2 "
+        "at the prefill end, sliding layers 0-1 of window 4 with 1 heads of 2; full layers 2 with "
+        "1 heads of 2 at the decode end"
     )
 
 
