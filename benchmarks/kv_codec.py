@@ -109,9 +109,9 @@ def _measure(
 ) -> Iterator[Sample]:
     done = {(s.method, s.identity, s.num_tokens, s.context) for s in known}
     first = reader.spec.bos_token_id or 0
-    rows = token_rows(tokenizer, first, max(lengths) + FOLLOWING + 1)
-    for number, tokens in zip(range(num_contexts), rows, strict=False):
-        for length in lengths:
+    rows = list(token_rows(tokenizer, first, max(lengths) + FOLLOWING + 1))[:num_contexts]
+    for length in lengths:
+        for number, tokens in enumerate(rows):
             missing = [
                 m for m in chosen if (m.name, _identity(m, profile), length, number) not in done
             ]

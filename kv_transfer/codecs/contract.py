@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ from baton.protocol.errors import WireError
 
 Bytes = bytes | bytearray | memoryview
 Array = NDArray[Any]
+
+Implementation = Literal["compiled", "reference"]
+"""Same bytes; the reference is slow and there for tests."""
 
 ARRAY_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,16 @@ from kv_transfer.codecs.container import (
     read_raw,
     read_sections,
 )
-from kv_transfer.codecs.contract import Array, Bytes, CodecError, KvGeometry, KvPart, Quality
+from kv_transfer.codecs.contract import (
+    Array,
+    Bytes,
+    CodecError,
+    Implementation,
+    KvGeometry,
+    KvPart,
+    Quality,
+)
+from kv_transfer.codecs.lossy_floats import narrowed, widened
 from kv_transfer.codecs.lossy_profile import MAX_QUOTIENT, Profile
 from kv_transfer.codecs.lossy_tables import (
     LayerTables,
@@ -44,10 +53,8 @@ from kv_transfer.codecs.lossy_tables import (
 )
 from kv_transfer.codecs.rans import U8, decode_reference, encode_reference, lanes_for
 
-Implementation = Literal["compiled", "reference"]
 I16 = NDArray[np.int16]
 _COUNTS = struct.Struct("<II")
-_FLOAT16_MAX = np.float32(65504)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +141,14 @@ class LossyCodec:
         lanes = lanes_for(index.size)
         head_dim, level = self._geometry.head_dim, self._level
         if self._is_compiled:
-            bits = _as_bits(kv, self._geometry.dtype)
+            is_narrow = self._geometry.dtype == "bfloat16"
+            bits = kv if is_narrow else widened(kv, self._geometry.dtype).view(np.uint32)
             found = lossy_compiled.quantise(
                 bits, head_dim, cos, sin, layer, level, runs, index.size
             )
             encode: Callable[..., U8] = rans_compiled.encode
         else:
-            x = _as_bits(kv, self._geometry.dtype, np.uint32).view(np.float32)
+            x = widened(kv, self._geometry.dtype)
             found = lossy_reference.quantise(x, head_dim, cos, sin, layer, level, runs)
             encode = encode_reference
         symbols, escapes, raw_rows = found
@@ -173,12 +181,12 @@ class LossyCodec:
             lossy_compiled.reconstruct(
                 symbols, escapes, head_dim, cos, sin, layer, level, runs, wide
             )
-            out[...] = _narrowed(wide.view(np.float32), "float16")
+            out[...] = narrowed(wide.view(np.float32), "float16")
         else:
             x = lossy_reference.reconstruct(
                 symbols, escapes, out.shape[1], head_dim, cos, sin, layer, level, runs
             )
-            out[...] = _narrowed(x, self._geometry.dtype)
+            out[...] = narrowed(x, self._geometry.dtype)
         if rows.numbers.size:
             _put_rows(rows, layer, out)
 
@@ -233,23 +241,3 @@ def _places(numbers: NDArray[np.int64], layer: LayerTables, kv: Array) -> tuple[
     row, token = np.divmod(numbers, kv.shape[1])
     kind, group = np.divmod(row, layer.mean.shape[1])
     return kind, token, group
-
-
-def _as_bits(kv: Array, dtype: str, wanted: Any = None) -> Array:
-    """Bits of bfloat16 as they are, of everything else as float32 (uint32)."""
-    if dtype == "float32":
-        return kv.view(np.uint32)
-    if dtype == "float16":
-        return kv.view(np.float16).astype(np.float32).view(np.uint32)
-    return kv if wanted is None else kv.astype(np.uint32) << np.uint32(16)
-
-
-def _narrowed(x: NDArray[np.float32], dtype: str) -> Array:
-    """Bits of the layout's dtype, rounded half to even."""
-    if dtype == "float32":
-        return x
-    if dtype == "float16":
-        return np.clip(x, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16).view(np.uint16)
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return rounded.astype(np.uint16)

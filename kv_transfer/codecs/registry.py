@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from baton.protocol.errors import ConfigError
 from kv_transfer.codecs import (
@@ -17,15 +19,17 @@ from kv_transfer.codecs import (
     split_compiled,
     split_reference,
 )
-from kv_transfer.codecs.contract import Codec, KvGeometry, Quality
+from kv_transfer.codecs.contract import Codec, Implementation, KvGeometry, Quality
 from kv_transfer.codecs.entropy import EntropyCodec
 from kv_transfer.codecs.fp8 import Fp8Codec
 from kv_transfer.codecs.integers import IntegerCodec
+from kv_transfer.codecs.lossy import LossyCodec
+from kv_transfer.codecs.lossy_plain import LEVELS, PlainLossyCodec
+from kv_transfer.codecs.lossy_profile import Profile
 from kv_transfer.codecs.raw import RawCodec
 from kv_transfer.codecs.split import SplitCodec
 
-Implementation = Literal["compiled", "reference"]
-"""Same bytes; the reference is slow and there for tests."""
+log = logging.getLogger(__name__)
 
 
 def _split(geometry: KvGeometry, implementation: Implementation) -> Codec:
@@ -62,11 +66,36 @@ WITHOUT_PROFILE = tuple(_MAKERS)
 """Names of the codecs that need no statistics of the model."""
 
 
-def make(name: str, geometry: KvGeometry, implementation: Implementation = "compiled") -> Codec:
-    """Raises ConfigError for a name that is no codec's."""
+LOSSY = tuple(LEVELS)
+"""Names of the codecs that are meant to have a profile (``lossy_profile``)."""
+
+
+def make(
+    name: str,
+    geometry: KvGeometry,
+    implementation: Implementation = "compiled",
+    profile: Profile | None = None,
+) -> Codec:
+    """profile: of the model, for ``LOSSY``; without one they assume a distribution, and a warning
+    says so once. Raises ConfigError for a name that is no codec's, and for another model's
+    profile."""
+    if name in LOSSY and profile is not None:
+        return LossyCodec(geometry, profile, name, implementation)
+    if name in LOSSY:
+        _warn_once()
+        return PlainLossyCodec(geometry, name, implementation)
     if name not in _MAKERS:
-        raise ConfigError(f"no KV codec {name!r}; there are {', '.join(WITHOUT_PROFILE)}")
+        known = ", ".join((*WITHOUT_PROFILE, *LOSSY))
+        raise ConfigError(f"no KV codec {name!r}; there are {known}")
     return _MAKERS[name](geometry, implementation)
+
+
+@cache
+def _warn_once() -> None:
+    log.warning(
+        "the model has no KV codec profile: lossy codecs send several times as much, at a loss "
+        "that nobody has measured; make one with: baton calibrate MODEL"
+    )
 
 
 def _either(implementation: Implementation, compiled: ModuleType, reference: ModuleType) -> Any:

@@ -54,7 +54,7 @@ def test_implementations_give_the_same_bits(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_finer_levels_come_nearer_and_cost_more(implementation: Implementation) -> None:
     made = source()
-    kv, part = made.kv(300, seed=2), KvPart(0, 0, 300)
+    kv, part = made.kv(100, seed=2), KvPart(0, 0, 100)
     sizes, errors = [], []
     for level in LEVELS:
         codec = LossyCodec(made.geometry, profile(), level.name, implementation)
@@ -132,7 +132,7 @@ def test_damage_behind_a_right_checksum_is_an_error_or_harmless(
 ) -> None:
     """Sections are checksummed; what a broken or hostile encoder sums up right must not harm."""
     made = source()
-    kv, part = made.kv(30, seed=7), KvPart(0, 0, 30)
+    kv, part = made.kv(24, seed=7), KvPart(0, 0, 24)
     codec = LossyCodec(made.geometry, profile(), "kv1", implementation)
     stream = bytes(codec.encode(kv, part))
     rng = np.random.default_rng(8)
@@ -144,7 +144,7 @@ def test_damage_behind_a_right_checksum_is_an_error_or_harmless(
         except CodecError:
             refused += 1
     # Values of raw rows and escapes are as good as others.
-    assert refused > 100
+    assert refused > num_times / 2
 
 
 def _with_damaged_section(stream: bytes, rng: np.random.Generator) -> bytes:
