@@ -6,7 +6,8 @@ token's place: ``block * block_size + offset``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -75,9 +76,10 @@ class KvCache:
         ``out`` where given (writable, aligned to the dtype, of exactly that size), else in
         memory of its own.
         """
-        slots = self._slots(block_table, start, num_tokens)
+        slots = torch.from_numpy(self._slots(block_table, start, num_tokens))
         rows = self._rows[self._layers(layer_start, num_layers)]
         if self._kernels is not None:
+            slots = slots.to(rows.device)
             found = self._kernels.gather_blocks(self.blocks, slots, layer_start, num_layers)
             return _copied_to_host(found, out)
         if out is None:
@@ -98,24 +100,28 @@ class KvCache:
         """The reverse of ``read``. Raises InternalError when the length does not fit."""
         slots = self._slots(block_table, start, num_tokens)
         layers = self._layers(layer_start, num_layers)
-        shape = (num_layers, 2, num_tokens, self._rows.shape[-1])
-        num_bytes = int(np.prod(shape)) * self._rows.element_size()
+        shape = (num_layers, 2, num_tokens, self._rows.shape[-1] * self._rows.element_size())
+        num_bytes = int(np.prod(shape))
         given = memoryview(payload).nbytes
         if given != num_bytes:
             raise InternalError(
                 f"KV payload has {given} bytes; {num_bytes} expected for {num_tokens} tokens of "
                 f"{num_layers} layers of {self.layout}"
             )
-        # The copy makes read-only and unaligned buffers safe to view as the cache's dtype.
-        staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._rows.is_cuda)
-        staging.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
-        # Page-locked memory is not given to others before the copy out of it is done.
-        rows = staging.view(self._rows.dtype).view(shape).to(self._rows.device, non_blocking=True)
+        came = np.frombuffer(payload, dtype=np.uint8)
         if self._kernels is None:
-            self._rows[layers].index_copy_(2, slots, rows)
-        else:
-            rows = rows.view(num_layers, 2, num_tokens, *self.blocks.shape[-2:])
-            self._kernels.scatter_blocks(self.blocks, slots, layer_start, rows)
+            rows = self._rows.view(torch.uint8).numpy()[layers]
+            came = came.reshape(shape)
+            for token, slot, count in _runs(slots):
+                rows[:, :, slot : slot + count] = came[:, :, token : token + count]
+            return
+        staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        staging.numpy()[:] = came
+        # Page-locked memory is not given to others before the copy out of it is done.
+        staged = staging.view(self._rows.dtype).to(self._rows.device, non_blocking=True)
+        staged = staged.view(num_layers, 2, num_tokens, *self.blocks.shape[-2:])
+        on_device = torch.from_numpy(slots).to(self._rows.device)
+        self._kernels.scatter_blocks(self.blocks, on_device, layer_start, staged)
 
     def _layers(self, layer_start: int, num_layers: int) -> slice:
         total = self.layout.num_layers
@@ -125,7 +131,7 @@ class KvCache:
             )
         return slice(layer_start, layer_start + num_layers)
 
-    def _slots(self, block_table: Sequence[int], start: int, num_tokens: int) -> Tensor:
+    def _slots(self, block_table: Sequence[int], start: int, num_tokens: int) -> np.ndarray:
         slots = slots_of(
             np.asarray(block_table, dtype=np.int64), start, num_tokens, self.block_size
         )
@@ -133,7 +139,16 @@ class KvCache:
             slots.min() >= 0 and slots.max() < self.num_blocks * self.block_size
         ):
             raise InternalError(f"block table {tuple(block_table)}: ids 0 to {self.num_blocks - 1}")
-        return torch.from_numpy(slots).to(self._rows.device)
+        return slots
+
+
+def _runs(slots: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(first token, its slot, how many) of tokens whose slots are neighbours: blocks, mostly."""
+    if not len(slots):
+        return
+    starts = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist()]
+    for start, end in pairwise([*starts, len(slots)]):
+        yield start, int(slots[start]), end - start
 
 
 def _copied_to_host(rows: Tensor, out: memoryview | None) -> memoryview:
