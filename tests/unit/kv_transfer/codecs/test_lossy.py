@@ -144,7 +144,7 @@ def test_damage_behind_a_right_checksum_is_an_error_or_harmless(
         except CodecError:
             refused += 1
     # Values of raw rows and escapes are as good as others.
-    assert refused > num_times / 2
+    assert refused > num_times / 4
 
 
 def _with_damaged_section(stream: bytes, rng: np.random.Generator) -> bytes:
