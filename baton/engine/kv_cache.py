@@ -115,7 +115,7 @@ class KvCache:
             for token, slot, count in _runs(slots):
                 rows[:, :, slot : slot + count] = came[:, :, token : token + count]
             return
-        staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._rows.is_cuda)
         staging.numpy()[:] = came
         # Page-locked memory is not given to others before the copy out of it is done.
         staged = staging.view(self._rows.dtype).to(self._rows.device, non_blocking=True)
