@@ -137,14 +137,15 @@ def test_damage_behind_a_right_checksum_is_an_error_or_harmless(
     stream = bytes(codec.encode(kv, part))
     rng = np.random.default_rng(8)
     refused = 0
-    for _ in range(200):
+    num_times = 200 if implementation == "compiled" else 20
+    for _ in range(num_times):
         damaged = _with_damaged_section(stream, rng)
         try:
             codec.decode(damaged, part, np.empty_like(kv))
         except CodecError:
             refused += 1
     # Values of raw rows and escapes are as good as others.
-    assert refused > num_times / 4
+    assert refused > num_times / 2
 
 
 def _with_damaged_section(stream: bytes, rng: np.random.Generator) -> bytes:
