@@ -46,12 +46,21 @@ MAX_JOBS = 16_384
 
 @dataclass(frozen=True, slots=True)
 class FrameArrived:
-    """``checksum`` is CRC-32 of the payload. The payload itself stays with the shell."""
+    """``checksum``: ``frame_checksum`` of what came. The payload itself stays with the shell."""
 
     frame: KvFrame
     num_bytes: int
     checksum: int
     transport: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KvWritten:
+    """A WriteKv has ended. ``problem``: why the frame did not decode, or ""."""
+
+    frame: KvFrame
+    seconds: float
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,8 @@ class DecodeDecider:
                 return self._from_peer(peer_key, sender_id, message, now)
             case FrameArrived(frame, num_bytes, checksum, transport):
                 return [*self._receiver.frame(frame, num_bytes, checksum, now, transport)]
+            case KvWritten(frame, seconds, problem):
+                return self._received(self._receiver.written(frame, seconds, problem, now), now)
             case EndArrived(end):
                 return self._received(self._receiver.end(end, now), now)
             case StepWanted():

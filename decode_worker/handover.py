@@ -37,12 +37,15 @@ def arrived_job(arrived: Arrived, now: float) -> tuple[DecodeJob, Sequence]:
         transfer_s=arrived.transfer_s,
         transfer_bytes=arrived.num_bytes,
         transfer_frames=arrived.num_frames,
-        codec=RAW,
+        codec="+".join(sorted(arrived.codecs)) or RAW,
         transport=arrived.transport,
+        transfer_raw_bytes=arrived.num_raw_bytes,
+        exposed_s=arrived.exposed_s,
+        recomputed_tokens=len(body.prompt_ids) + len(body.output_ids) - arrived.num_tokens,
     )
     deadline_at = arrived.asked_at + body.deadline_in_s
     sequence = sequence_of(arrived.transfer_id, body)
-    sequence.num_computed = sequence.num_tokens
+    sequence.num_computed = arrived.num_tokens
     sequence.output_ids += arrived.token_ids
     sequence.block_table = tuple(arrived.blocks)
     return DecodeJob(body, now, deadline_at, started_at=now, arrived=hop), sequence

@@ -10,11 +10,14 @@ from baton.engine.block_pool import BlockPool
 from baton.engine.executor import Executor
 from baton.engine.scheduler import Scheduler
 from baton.protocol.clock import Clock
-from baton.protocol.messages import Hello, HelloReply, KvFrame, KvLink, KvOffer, TransferEnd
+from baton.protocol.messages import Hello, HelloReply, KvLink, KvOffer, TransferEnd
 from baton.protocol.spec import WorkerSpec
 from baton.worker.events import ShellFacts
 from baton.worker.shell import WorkerShell
-from decode_worker.decider import DecodeDecider, EndArrived, FrameArrived
+from decode_worker.decider import DecodeDecider, EndArrived
+from decode_worker.kv_input import KvInput
+from kv_transfer.codecs.registry import WITHOUT_PROFILE
+from kv_transfer.coding import KvCoding
 from kv_transfer.instructions import ToPrefill, WriteKv
 from kv_transfer.puller import KvPuller
 from kv_transfer.receiver import Receiver
@@ -48,7 +51,7 @@ class DecodeService:
             engine,
             pool,
             scheduler,
-            Receiver(pool, executor.layout, engine, spec.kv_transfer),
+            Receiver(pool, executor.layout, engine, spec.kv_transfer, WITHOUT_PROFILE),
             executor.spec.vocab_size,
         )
         self._context = zmq.asyncio.Context()
@@ -62,10 +65,13 @@ class DecodeService:
             facts=self._facts,
             grammars=executor.grammars,
         )
-        self._puller = KvPuller(self._on_frame, self._on_end)
+        self._coding = KvCoding(executor.layout)
+        self._kv_input = KvInput(
+            executor, self._coding, self._shell.feed, writes_beside=bool(executor.rank_fds)
+        )
+        self._puller = KvPuller(self._kv_input.on_frame, self._on_end)
         self._receivers = Receivers(spec.kv_transfer.transport, self._context, self._puller.handler)
         self._kv_offers: tuple[KvOffer, ...] = ()
-        self._payload: memoryview | None = None
 
     def bind(self) -> str:
         """Raises ConfigError when the host cannot be bound."""
@@ -79,6 +85,7 @@ class DecodeService:
                 group.create_task(self._shell.run(), name="shell")
         finally:
             self._receivers.close()
+            self._coding.close()
             self._context.destroy(linger=0)
 
     def _describe(self, hello: Hello, version: int) -> HelloReply:
@@ -96,12 +103,6 @@ class DecodeService:
             layout=self._executor.layout,
         )
 
-    def _on_frame(self, frame: KvFrame, payload: memoryview, checksum: int, transport: str) -> None:
-        """WriteKv comes back, if at all, while this very frame is being fed."""
-        self._payload = payload
-        self._shell.feed(FrameArrived(frame, payload.nbytes, checksum, transport))
-        self._payload = None
-
     def _on_end(self, end: TransferEnd) -> None:
         self._shell.feed(EndArrived(end))
 
@@ -109,16 +110,8 @@ class DecodeService:
         match instruction:
             case ToPrefill(peer_key, message):
                 self._shell.server.send(peer_key, message)
-            case WriteKv(frame, block_table):
-                assert self._payload is not None
-                self._executor.write_kv(
-                    block_table,
-                    frame.token_start,
-                    frame.num_tokens,
-                    frame.layer_start,
-                    frame.num_layers,
-                    self._payload,
-                )
+            case WriteKv():
+                self._kv_input.accept(instruction)
             case _:
                 raise AssertionError(f"unknown instruction {instruction!r}")
 

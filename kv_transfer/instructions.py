@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.protocol.messages import KvFrame, Message, RequestBody, TransferEnd, WorkerRef
 
@@ -30,12 +30,20 @@ class PushKv:
     block_table: tuple[int, ...]
     token_start: int
     num_tokens: int
+    num_tokens_total: int
+    layers: range
+    version: int = 1
+    codecs: tuple[str, ...] = ()
+    """That may be used: both ends have them, and they keep the request's floor."""
+    may_recompute: bool = False
+    """Whether the decode side may be left to compute rows itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class PushEnd:
     decode: WorkerRef
     end: TransferEnd
+    prefilled_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +63,12 @@ class ToPrefill:
 
 @dataclass(frozen=True, slots=True)
 class WriteKv:
-    """Write the payload that came with ``frame`` into these blocks, now."""
+    """Decode the payload that came with ``frame`` and write it into these blocks, which stay the
+    transfer's until ``Receiver.written`` is told of it."""
 
     frame: KvFrame
     block_table: tuple[int, ...]
+    num_tokens_total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,14 @@ class Arrived:
     num_frames: int
     transport: str = ""
     """That brought the last frame."""
+    num_tokens: int = 0
+    """Of the request's, those whose KV came; the rest is to be computed here."""
+    num_raw_bytes: int = 0
+    """What ``num_bytes`` stand for."""
+    codecs: dict[str, int] = field(default_factory=dict)
+    """Payload bytes by codec."""
+    exposed_s: float = 0.0
+    """From the end of prefill to this, but for the way of the last message."""
 
 
 SendInstruction = ToDecode | PushKv | PushEnd | CancelPush | SendClosed

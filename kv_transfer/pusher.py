@@ -1,40 +1,76 @@
-"""Pushing jobs to one decode worker: read KV, frame it, hand it to whatever transport there is.
+"""Pushing jobs to one decode worker: read KV, code and frame it, hand it to whatever transport
+there is.
 
 Knows no transport. A job is done in one go, jobs in the order they were put; what waits for
-room on the link waits here, with its KV still in its blocks.
+room on the link waits here, with its KV still in its blocks, and its codec not chosen yet.
 """
 
 from __future__ import annotations
 
 import asyncio
-import zlib
+import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+
+import msgspec
 
 from baton.messaging.codec import encode
 from baton.protocol.layout import KvLayout
-from baton.protocol.messages import KvFrame
-from kv_transfer.frames import RAW, FrameCut, cut_frames
+from baton.protocol.messages import KvFrame, KvProgress, TransferEnd
+from kv_transfer.coding import KvCoding
+from kv_transfer.frames import RAW, FrameCut, Framing, end_checksum, frame_checksum, framings_of
 from kv_transfer.instructions import PushEnd, PushKv
+from kv_transfer.transports import in_process, shared_memory
 from kv_transfer.transports.contract import KvOutlet
+from kv_transfer.window import STALL_S, Window
 
 ReadKv = Callable[[tuple[int, ...], FrameCut, memoryview | None], memoryview]
 """A contiguous copy of a rectangle of KV, ``[layers, 2, tokens, kv_heads, head_dim]``: in the
 memory given, which it fills, or else in memory of its own."""
 
+Choose = Callable[[PushKv, FrameCut, int], str]
+"""The codec of a frame of so many raw bytes: one of the job's."""
+
+NEAR = (in_process.KIND, shared_memory.KIND)
+"""What copies as fast as any window could tell."""
+
+
+def first_choice(job: PushKv, cut: FrameCut, num_bytes: int) -> str:
+    return job.codecs[-1] if job.codecs else RAW
+
 
 class KvPusher:
-    """One link to one decode worker. ``run`` sends jobs in the order they were put."""
+    """One link to one decode worker. ``run`` sends jobs in the order they were put.
 
-    def __init__(self, layout: KvLayout, max_frame_bytes: int, read_kv: ReadKv) -> None:
-        self._layout = layout
-        self._fingerprint = layout.fingerprint()
+    coding: what codes; without it all frames are raw. reads_beside: KV is read in its thread
+    too, since reading may wait.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        max_frame_bytes: int,
+        read_kv: ReadKv,
+        *,
+        coding: KvCoding | None = None,
+        choose: Choose = first_choice,
+        reads_beside: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._framings = framings_of(layout)
         self._max_frame_bytes = max_frame_bytes
         self._read_kv = read_kv
+        self._coding = coding
+        self._choose = choose
+        self._reads_beside = reads_beside
+        self._now = now
         self._jobs: deque[PushKv | PushEnd] = deque()
         self._wake = asyncio.Event()
+        self._moved = asyncio.Event()
         self._cancelled_current = ""
         self._current = ""
+        self.window = Window(max_frame_bytes)
 
     def put(self, job: PushKv | PushEnd) -> None:
         self._jobs.append(job)
@@ -45,6 +81,12 @@ class KvPusher:
         self._jobs = deque(job for job in self._jobs if _transfer_of(job) != transfer_id)
         if self._current == transfer_id:
             self._cancelled_current = transfer_id
+        self.window.closed(transfer_id)
+        self._moved.set()
+
+    def progressed(self, progress: KvProgress) -> None:
+        if self.window.progressed(progress, self._now()):
+            self._moved.set()
 
     async def run(self, outlet: KvOutlet) -> None:
         """Send until cancelled. Raises what ``outlet`` raises, and then lost its current job."""
@@ -55,35 +97,93 @@ class KvPusher:
             job = self._jobs.popleft()
             self._current, self._cancelled_current = _transfer_of(job), ""
             if isinstance(job, PushEnd):
-                await outlet.send(encode(job.end), None)
+                await outlet.send(encode(self._end(job)), None)
             else:
                 await self._push(job, outlet)
             self._current = ""
 
+    def _end(self, job: PushEnd) -> TransferEnd:
+        if job.end.version < 2:
+            return job.end
+        lag_s = max(0.0, self._now() - job.prefilled_at)
+        end = msgspec.structs.replace(job.end, lag_s=lag_s)
+        return msgspec.structs.replace(end, checksum=end_checksum(end))
+
     async def _push(self, job: PushKv, outlet: KvOutlet) -> None:
-        cuts = cut_frames(self._layout, job.token_start, job.num_tokens, self._max_frame_bytes)
+        framing = self._framings[job.version]
+        cuts = framing.cuts(
+            job.token_start,
+            job.num_tokens,
+            self._max_frame_bytes,
+            num_tokens_total=job.num_tokens_total,
+            layers=job.layers,
+        )
         for index, cut in enumerate(cuts, job.first_index):
-            num_bytes = cut.num_layers * cut.num_tokens * self._layout.bytes_per_token_layer
+            num_bytes = framing.num_bytes(cut)
+            has_credit = job.version > 1 and outlet.kind not in NEAR
+            if has_credit:
+                await self._credit(num_bytes)
             room = await outlet.room(num_bytes)
-            if self._cancelled_current == job.transfer_id:
+            # From here on the blocks may be read: they are the transfer's until it is cancelled.
+            if self._is_cancelled(job):
                 return
-            # Read only now: up to here the blocks may have changed hands, from here on the
-            # frame holds its own copy.
-            payload = self._read_kv(job.block_table, cut, room)
-            frame = KvFrame(
-                transfer_id=job.transfer_id,
-                epoch=job.epoch,
-                fingerprint=self._fingerprint,
-                index=index,
-                layer_start=cut.layer_start,
-                num_layers=cut.num_layers,
-                token_start=cut.token_start,
-                num_tokens=cut.num_tokens,
-                codec=RAW,
-                num_bytes=payload.nbytes,
-                checksum=zlib.crc32(payload),
-            )
+            codec = self._choose(job, cut, num_bytes)
+            if codec == RAW and not self._reads_beside:
+                payload = self._read_kv(job.block_table, cut, room)
+            else:
+                assert self._coding is not None
+                made = partial(self._coded, self._coding, codec, job, cut)
+                payload = await self._coding.run(made)
+                # It may have been read while the blocks were already another's.
+                if self._is_cancelled(job):
+                    return
+                room = await outlet.room(payload.nbytes)
+                if self._is_cancelled(job):
+                    return
+                if room is not None:
+                    room[:] = payload
+                    payload = room
+            frame = _frame(job, framing, index, cut, codec, payload)
+            if has_credit:
+                self.window.sent(job.transfer_id, job.epoch, payload.nbytes, self._now())
             await outlet.send(encode(frame), payload)
+
+    def _is_cancelled(self, job: PushKv) -> bool:
+        return self._cancelled_current == job.transfer_id
+
+    def _coded(self, coding: KvCoding, codec: str, job: PushKv, cut: FrameCut) -> memoryview:
+        raw = self._read_kv(job.block_table, cut, None)
+        return raw if codec == RAW else coding.encode(codec, raw, cut, job.num_tokens_total)
+
+    async def _credit(self, num_bytes: int) -> None:
+        while not self.window.has_room(num_bytes, self._now()):
+            self._moved.clear()
+            try:
+                async with asyncio.timeout(STALL_S):
+                    await self._moved.wait()
+            except TimeoutError:
+                continue
+
+
+def _frame(
+    job: PushKv, framing: Framing, index: int, cut: FrameCut, codec: str, payload: memoryview
+) -> KvFrame:
+    frame = KvFrame(
+        transfer_id=job.transfer_id,
+        epoch=job.epoch,
+        fingerprint=framing.fingerprint,
+        index=index,
+        layer_start=cut.layer_start,
+        num_layers=cut.num_layers,
+        token_start=cut.token_start,
+        num_tokens=cut.num_tokens,
+        codec=codec,
+        num_bytes=payload.nbytes,
+        checksum=0,
+        version=job.version,
+        group=cut.group,
+    )
+    return msgspec.structs.replace(frame, checksum=frame_checksum(frame, payload))
 
 
 def _transfer_of(job: PushKv | PushEnd) -> str:

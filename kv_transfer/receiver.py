@@ -1,16 +1,16 @@
 """The decode end of all hand-overs of one worker. Pure.
 
 A reservation waits until its blocks fit, holds them under a lease that the prefill side
-renews, and counts frames in under an epoch. A lease that runs out ends the transfer: its id
-and epoch are refused from then on, which is the fence that lets the blocks be reused. All
-writes are the shell's, on the event loop, after this object allowed that very frame.
+renews, and lets frames in under an epoch. What was let in is written beside the event loop:
+``written`` tells when. A lease that runs out ends the transfer: its id and epoch are refused
+from then on. That and the end of the last write are the fence behind which blocks are reused.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from baton.protocol.config import EngineConfig, KvTransferConfig
 from baton.protocol.errors import WireError
@@ -29,39 +29,33 @@ from baton.protocol.messages import (
     TransferNack,
 )
 from kv_transfer.blocks import Blocks
-from kv_transfer.frames import Coverage
+from kv_transfer.frames import KV_VERSION, RAW, Framing, framings_of
+from kv_transfer.incoming import Incoming
 from kv_transfer.instructions import Arrived, ReceiveInstruction, ToPrefill, WriteKv
 
 MAX_WAITING = 8_192
 MAX_REMEMBERED = 4_096
 
 
-@dataclass(slots=True)
-class _Incoming:
-    machine: Machine[ReceiveState, ReceiveEvent]
-    body: RequestBody
-    peer_key: str
-    num_tokens: int
-    asked_at: float
-    renewed_at: float
-    coverage: Coverage
-    granted_at: float = 0.0
-    first_frame_at: float | None = None
-    epoch: int = 0
-    blocks: tuple[int, ...] = ()
-    transport: str = ""
-
-
 class Receiver:
+    """codecs: names of those that can be decoded here, ``raw`` aside."""
+
     def __init__(
-        self, pool: Blocks, layout: KvLayout, engine: EngineConfig, config: KvTransferConfig
+        self,
+        pool: Blocks,
+        layout: KvLayout,
+        engine: EngineConfig,
+        config: KvTransferConfig,
+        codecs: Iterable[str] = (),
     ) -> None:
         self._pool = pool
-        self._layout = layout
-        self._fingerprint = layout.fingerprint()
+        self._framings = framings_of(layout)
+        self._codecs = frozenset({RAW, *codecs})
         self._engine = engine
         self._config = config
-        self._open: dict[str, _Incoming] = {}
+        self._open: dict[str, Incoming] = {}
+        self._fencing: dict[str, Incoming] = {}
+        """Over, but for writes that may be running."""
         self._waiting: list[tuple[tuple[int, int], str]] = []
         self._committed: OrderedDict[str, tuple[int, str]] = OrderedDict()
         """The last transfers that committed: (epoch, peer key)."""
@@ -76,40 +70,52 @@ class Receiver:
 
     @property
     def num_open(self) -> int:
-        return len(self._open)
+        """With those that only wait for the end of a write."""
+        return len(self._open) + len(self._fencing)
 
     def __contains__(self, transfer_id: str) -> bool:
         return transfer_id in self._open
 
     @property
     def num_reserved(self) -> int:
-        return sum(1 for t in self._open.values() if t.machine.state is ReceiveState.RESERVED)
+        return sum(t.state is not ReceiveState.WAITING for t in self._open.values())
 
     def reserve(self, peer_key: str, ask: Reserve, now: float) -> list[ReceiveInstruction]:
         """Idempotent; an answer comes at once only when it is no. ``grant`` says yes."""
-        if ask.transfer_id in self._open or ask.transfer_id in self._committed:
+        known = (self._open, self._committed, self._fencing)
+        if any(ask.transfer_id in where for where in known):
             return []
         body = ask.body
-        num_tokens = len(body.prompt_ids) + len(body.output_ids)
-        refusal = self._refusal(ask, num_tokens)
+        framing = self._framing(ask)
+        refusal = self._refusal(ask, framing)
         if refusal is not None:
             return [ToPrefill(peer_key, refusal)]
-        self._open[ask.transfer_id] = _Incoming(
+        assert framing is not None
+        self._open[ask.transfer_id] = Incoming(
             machine=Machine(ask.transfer_id, RECEIVE_TRANSITIONS, ReceiveState.WAITING, now),
             body=body,
             peer_key=peer_key,
-            num_tokens=num_tokens,
+            framing=framing,
+            codecs=self._codecs if framing.version > 1 else frozenset({RAW}),
             asked_at=now,
             renewed_at=now,
-            coverage=Coverage(self._layout, num_tokens),
         )
         self._num_asked += 1
         heapq.heappush(self._waiting, ((body.priority, self._num_asked), ask.transfer_id))
         return []
 
-    def _refusal(self, ask: Reserve, num_tokens: int) -> Denied | None:
-        if ask.fingerprint != self._fingerprint:
-            message = f"KV layout {ask.fingerprint} differs from this worker's {self._fingerprint}"
+    def _framing(self, ask: Reserve) -> Framing | None:
+        """In the lower of both sides' versions; None where both do not have one layout."""
+        framing = self._framings.get(min(max(ask.version, 1), KV_VERSION))
+        said = ask.layout if ask.version > 1 else ask.fingerprint
+        return framing if framing is not None and framing.fingerprint == said else None
+
+    def _refusal(self, ask: Reserve, framing: Framing | None) -> Denied | None:
+        num_tokens = len(ask.body.prompt_ids) + len(ask.body.output_ids)
+        if framing is None:
+            said = f"{ask.layout or ask.fingerprint} (KV version {ask.version})"
+            mine = ", ".join(f"{f.fingerprint} ({v})" for v, f in self._framings.items())
+            message = f"KV layout {said} differs from this worker's: {mine}"
             return Denied(ask.transfer_id, "incompatible_peer", message, False)
         if self._pool.blocks_for(num_tokens + 1) > self._pool.num_blocks:
             message = f"{num_tokens} tokens never fit into {self._pool.num_blocks} KV blocks"
@@ -147,20 +153,22 @@ class Receiver:
             incoming.machine.move(ReceiveEvent.ROOM, now)
             incoming.blocks = tuple(self._pool.allocate(transfer_id, need))
             incoming.granted_at = incoming.renewed_at = now
-            incoming.epoch = self._new_epoch()
+            incoming.begin_epoch(self._new_epoch())
             instructions.append(self._granted(transfer_id, incoming))
             seats -= 1
         return instructions
 
-    def _granted(self, transfer_id: str, incoming: _Incoming) -> ToPrefill:
-        granted = Granted(transfer_id, incoming.epoch, self._config.lease_s)
+    def _granted(self, transfer_id: str, incoming: Incoming) -> ToPrefill:
+        version = incoming.framing.version
+        codecs = tuple(sorted(incoming.codecs)) if version > 1 else ()
+        granted = Granted(transfer_id, incoming.epoch, self._config.lease_s, version, codecs)
         return ToPrefill(incoming.peer_key, granted)
 
-    def _peek(self) -> tuple[str, _Incoming] | None:
+    def _peek(self) -> tuple[str, Incoming] | None:
         while self._waiting:
             transfer_id = self._waiting[0][1]
             incoming = self._open.get(transfer_id)
-            if incoming is not None and incoming.machine.state is ReceiveState.WAITING:
+            if incoming is not None and incoming.state is ReceiveState.WAITING:
                 return transfer_id, incoming
             heapq.heappop(self._waiting)
         return None
@@ -170,28 +178,58 @@ class Receiver:
         self._next_epoch += 1
         return epoch
 
+    # --- frames -------------------------------------------------------------------------
+
     def frame(
         self, frame: KvFrame, num_bytes: int, checksum: int, now: float, transport: str = ""
     ) -> list[ReceiveInstruction]:
-        """``checksum`` is CRC-32 of the payload that arrived, by that transport. Stale frames
-        vanish here."""
+        """``checksum``: ``frame_checksum`` of what arrived, by that transport. Stale frames
+        vanish here. Each WriteKv must be answered by ``written``, however it went."""
         incoming = self._current(frame.transfer_id, frame.epoch)
         if incoming is None:
             return []
         incoming.renewed_at = now
         try:
             incoming.coverage.check(frame, num_bytes, checksum)
+            if incoming.end is not None:
+                raise WireError(f"KV frame {frame.index} of {frame.transfer_id}: behind the end")
         except WireError as exc:
-            return self._corrupt(frame.transfer_id, incoming, str(exc), now)
+            return self._corrupt(incoming, str(exc), now)
         incoming.machine.move(ReceiveEvent.FRAME, now)
         if incoming.first_frame_at is None:
             incoming.first_frame_at = now
         incoming.coverage.add(frame)
         incoming.transport = transport
-        return [WriteKv(frame, incoming.blocks)]
+        incoming.num_writing += 1
+        return [WriteKv(frame, incoming.blocks, incoming.num_tokens)]
+
+    def written(
+        self, frame: KvFrame, seconds: float, problem: str, now: float
+    ) -> list[ReceiveInstruction]:
+        """A WriteKv has ended; ``problem`` says why what came did not decode, or is ""."""
+        transfer_id = frame.transfer_id
+        incoming = self._open.get(transfer_id) or self._fencing[transfer_id]
+        assert incoming.num_writing > 0
+        incoming.machine.move(ReceiveEvent.WRITTEN, now)
+        incoming.num_writing -= 1
+        if incoming.state is not ReceiveState.RESERVED:
+            return self._fenced(incoming, now)
+        assert incoming.epoch == frame.epoch, "a write of a dead epoch runs in its heir's blocks"
+        if problem:
+            reason = f"KV frame {frame.index} of {transfer_id}: {problem}"
+            return self._corrupt(incoming, reason, now)
+        incoming.num_written += 1
+        incoming.written_bytes += frame.num_bytes
+        incoming.decode_s += seconds
+        if incoming.end is not None and not incoming.num_writing:
+            return self._commit(incoming, now)
+        if incoming.framing.version < 2:
+            return []
+        return [ToPrefill(incoming.peer_key, incoming.progress())]
 
     def end(self, end: TransferEnd, now: float) -> list[ReceiveInstruction]:
-        """Commit, if each row of each layer came exactly once. The blocks leave with Arrived.
+        """Commit once all is written, if each row of each layer came exactly once. The blocks
+        leave with Arrived.
 
         An end said again after a commit is acknowledged again, and one of a dead epoch is
         refused again: the first answer may have been lost with a connection.
@@ -199,18 +237,16 @@ class Receiver:
         incoming = self._current(end.transfer_id, end.epoch)
         if incoming is None:
             return self._answer_again(end)
-        coverage = incoming.coverage
-        if (
-            not coverage.is_complete
-            or end.num_frames != coverage.num_frames
-            or end.num_tokens != incoming.num_tokens
-            or len(end.token_ids) != 1
-        ):
-            reason = (
-                f"{coverage.num_frames} of {end.num_frames} frames, {incoming.num_tokens} of "
-                f"{end.num_tokens} tokens, {len(end.token_ids)} drawn at the end"
-            )
-            return self._corrupt(end.transfer_id, incoming, reason, now)
+        problem = incoming.misfit(end)
+        if problem:
+            return self._corrupt(incoming, problem, now)
+        if incoming.end is None:
+            incoming.end, incoming.ended_at = end, now
+        return [] if incoming.num_writing else self._commit(incoming, now)
+
+    def _commit(self, incoming: Incoming, now: float) -> list[ReceiveInstruction]:
+        end, coverage = incoming.end, incoming.coverage
+        assert end is not None
         incoming.machine.move(ReceiveEvent.COMPLETE, now)
         del self._open[end.transfer_id]
         self._committed[end.transfer_id] = (end.epoch, incoming.peer_key)
@@ -229,6 +265,10 @@ class Receiver:
                 num_bytes=coverage.num_bytes,
                 num_frames=coverage.num_frames,
                 transport=incoming.transport,
+                num_tokens=end.num_tokens,
+                num_raw_bytes=coverage.num_raw_bytes,
+                codecs=coverage.codecs,
+                exposed_s=end.lag_s + now - incoming.ended_at,
             ),
         ]
 
@@ -243,26 +283,38 @@ class Receiver:
         nack = TransferNack(end.transfer_id, end.epoch, incoming.epoch, reason)
         return [ToPrefill(incoming.peer_key, nack)]
 
-    def _current(self, transfer_id: str, epoch: int) -> _Incoming | None:
+    def _current(self, transfer_id: str, epoch: int) -> Incoming | None:
         incoming = self._open.get(transfer_id)
         if (
             incoming is None
-            or incoming.machine.state is not ReceiveState.RESERVED
+            or incoming.state is not ReceiveState.RESERVED
             or incoming.epoch != epoch
         ):
             self.num_stale += 1
             return None
         return incoming
 
-    def _corrupt(
-        self, transfer_id: str, incoming: _Incoming, reason: str, now: float
-    ) -> list[ReceiveInstruction]:
+    def _corrupt(self, incoming: Incoming, reason: str, now: float) -> list[ReceiveInstruction]:
         self.num_corrupt += 1
         incoming.machine.move(ReceiveEvent.CORRUPT, now)
-        dead, incoming.epoch = incoming.epoch, self._new_epoch()
-        incoming.coverage = Coverage(self._layout, incoming.num_tokens)
-        nack = TransferNack(transfer_id, dead, incoming.epoch, reason[:1_000])
+        incoming.reason = reason[:1_000]
+        return self._fenced(incoming, now)
+
+    def _fenced(self, incoming: Incoming, now: float) -> list[ReceiveInstruction]:
+        """Once no write runs: the next epoch begins, or the blocks are free."""
+        if incoming.num_writing:
+            return []
+        transfer_id = incoming.body_id
+        if incoming.machine.move(ReceiveEvent.FENCED, now) is ReceiveState.REVOKED:
+            self._fencing.pop(transfer_id, None)
+            self._pool.release(transfer_id, incoming.blocks)
+            return []
+        dead = incoming.epoch
+        incoming.begin_epoch(self._new_epoch())
+        nack = TransferNack(transfer_id, dead, incoming.epoch, incoming.reason)
         return [ToPrefill(incoming.peer_key, nack)]
+
+    # --- leases -------------------------------------------------------------------------
 
     def renew(self, peer_key: str, message: LeaseRenew, now: float) -> list[ReceiveInstruction]:
         """Also says again what the prefill side seems not to have heard."""
@@ -273,9 +325,12 @@ class Receiver:
                 instructions.append(ToPrefill(peer_key, self._farewell(transfer_id)))
             elif incoming.peer_key == peer_key:
                 incoming.renewed_at = now
-                is_reserved = incoming.machine.state is ReceiveState.RESERVED
-                if is_reserved and not incoming.coverage.num_frames:
+                if incoming.state is not ReceiveState.RESERVED:
+                    continue
+                if not incoming.coverage.num_frames:
                     instructions.append(self._granted(transfer_id, incoming))
+                elif incoming.framing.version > 1:
+                    instructions.append(ToPrefill(peer_key, incoming.progress()))
         return instructions
 
     def _farewell(self, transfer_id: str) -> Message:
@@ -290,7 +345,8 @@ class Receiver:
         return [(transfer_id, incoming.body) for transfer_id, incoming in self._open.items()]
 
     def cancel(self, transfer_id: str, now: float) -> bool:
-        """Idempotent; the blocks are free at once, for the id is refused from now on."""
+        """Idempotent. The id is refused from now on, and the blocks are free at once or when the
+        last write has ended."""
         return self._drop(transfer_id, ReceiveEvent.ABORT, now) is not None
 
     def tick(self, now: float) -> list[ReceiveInstruction]:
@@ -309,10 +365,11 @@ class Receiver:
             instructions.append(ToPrefill(incoming.peer_key, denied))
         return instructions
 
-    def _drop(self, transfer_id: str, event: ReceiveEvent, now: float) -> _Incoming | None:
+    def _drop(self, transfer_id: str, event: ReceiveEvent, now: float) -> Incoming | None:
         incoming = self._open.pop(transfer_id, None)
         if incoming is None:
             return None
-        incoming.machine.move(event, now)
-        self._pool.release(transfer_id, incoming.blocks)
+        if incoming.machine.move(event, now) is ReceiveState.FENCING:
+            self._fencing[transfer_id] = incoming
+            self._fenced(incoming, now)
         return incoming

@@ -1,14 +1,19 @@
 """The prefill end of all hand-overs of one worker. Pure.
 
-Room is asked for when the first chunk is scheduled, frames go as soon as room is granted,
-and the source blocks are freed on an acknowledgement, a refusal or an abort - never by a
-timer. Source blocks are only read, and frames carry copies, so freeing them needs no
-fencing: ``CancelPush`` makes the shell forget what it has not read yet.
+Room is asked for when the first chunk is scheduled. Rows go as soon as room is granted and
+they are final: layer after layer of a chunk, where the shell tells of layers. The source
+blocks are freed on an acknowledgement, a refusal or an abort - never by a timer. They are only
+read, and frames carry copies, so freeing them needs no fencing: ``CancelPush`` makes the shell
+forget what it has not read yet, and throw away what it is just reading.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+
+import msgspec
 
 from baton.protocol.config import KvTransferConfig
 from baton.protocol.layout import KvLayout
@@ -26,7 +31,8 @@ from baton.protocol.messages import (
     WorkerRef,
 )
 from kv_transfer.blocks import Blocks
-from kv_transfer.frames import cut_frames
+from kv_transfer.codecs.contract import Quality
+from kv_transfer.frames import KV_VERSION, RAW, end_checksum, framings_of
 from kv_transfer.instructions import (
     CancelPush,
     PushEnd,
@@ -37,6 +43,7 @@ from kv_transfer.instructions import (
 )
 
 RENEWALS_PER_LEASE = 3
+EXACT_ALONE: Mapping[str, Quality] = {RAW: Quality.EXACT}
 
 
 @dataclass(slots=True)
@@ -47,11 +54,17 @@ class _Outgoing:
     decode: WorkerRef
     num_tokens: int
     owner: str
+    floor: Quality
+    computed: list[int]
+    """By layer: leading tokens whose KV is final."""
+    sent: list[int]
+    """By layer: of those, the ones that were given to the link in this epoch."""
     block_table: tuple[int, ...] = ()
-    num_computed: int = 0
     token_ids: tuple[int, ...] = ()
+    prefilled_at: float = 0.0
     epoch: int = 0
-    num_sent: int = 0
+    version: int = 1
+    codecs: tuple[str, ...] = (RAW,)
     num_frames: int = 0
     num_resends: int = 0
     ended_at: float = 0.0
@@ -60,11 +73,19 @@ class _Outgoing:
 class Sender:
     """``handle``-style methods: each takes an event and ``now``, returns instructions."""
 
-    def __init__(self, pool: Blocks, layout: KvLayout, config: KvTransferConfig) -> None:
+    def __init__(
+        self,
+        pool: Blocks,
+        layout: KvLayout,
+        config: KvTransferConfig,
+        codecs: Mapping[str, Quality] = EXACT_ALONE,
+    ) -> None:
+        """codecs: those that this side may use, with ``raw``."""
         self._pool = pool
         self._layout = layout
-        self._fingerprint = layout.fingerprint()
+        self._framings = framings_of(layout)
         self._config = config
+        self._codecs = codecs
         self._open: dict[str, _Outgoing] = {}
         self._renew_at = 0.0
         self.num_parked = 0
@@ -86,16 +107,41 @@ class Sender:
             decode=decode,
             num_tokens=len(body.prompt_ids) + len(body.output_ids),
             owner=owner_name(transfer_id),
+            floor=floor_of(body, self._config),
+            computed=[0] * self._layout.num_layers,
+            sent=[0] * self._layout.num_layers,
         )
-        return [ToDecode(decode, Reserve(transfer_id, self._fingerprint, body))]
+        oldest, newest = self._framings.get(1), self._framings[KV_VERSION]
+        ask = Reserve(
+            transfer_id,
+            "" if oldest is None else oldest.fingerprint,
+            body,
+            KV_VERSION,
+            newest.fingerprint,
+        )
+        return [ToDecode(decode, ask)]
 
     def computed(
         self, transfer_id: str, block_table: tuple[int, ...], num_computed: int, now: float
     ) -> list[SendInstruction]:
         """KV of the first ``num_computed`` tokens is final and stays where it is."""
+        return self.layers_computed(
+            transfer_id, block_table, num_computed, self._layout.num_layers, now
+        )
+
+    def layers_computed(
+        self,
+        transfer_id: str,
+        block_table: tuple[int, ...],
+        num_computed: int,
+        num_layers: int,
+        now: float,
+    ) -> list[SendInstruction]:
+        """As ``computed``, of the first ``num_layers`` layers."""
         out = self._open[transfer_id]
         out.block_table = block_table
-        out.num_computed = num_computed
+        for layer in range(num_layers):
+            out.computed[layer] = max(out.computed[layer], num_computed)
         return self._push(transfer_id, out, now)
 
     def prefill_done(
@@ -103,8 +149,8 @@ class Sender:
     ) -> list[SendInstruction]:
         """All KV is computed; its blocks now belong to ``owner_name(transfer_id)``."""
         out = self._open[transfer_id]
-        assert out.num_computed == out.num_tokens
-        out.token_ids = token_ids
+        assert min(out.computed) == out.num_tokens
+        out.token_ids, out.prefilled_at = token_ids, now
         if out.machine.move(SendEvent.PREFILL_DONE, now) is SendState.PARKED:
             self.num_parked += 1
         return self._push(transfer_id, out, now)
@@ -115,8 +161,16 @@ class Sender:
             return [ToDecode(peer, TransferCancel(message.transfer_id))]
         if not out.machine.allows(SendEvent.GRANTED):
             return []
+        if message.version not in self._framings:
+            reason = f"KV version {message.version} was granted, asked was {KV_VERSION}"
+            return self._fail(message.transfer_id, out, reason, now)
         out.machine.move(SendEvent.GRANTED, now)
-        out.epoch = message.epoch
+        out.epoch, out.version = message.epoch, message.version
+        out.codecs = tuple(
+            name
+            for name, quality in self._codecs.items()
+            if name == RAW or (name in message.codecs and quality >= out.floor)
+        )
         return self._push(message.transfer_id, out, now)
 
     def nacked(self, message: TransferNack, now: float) -> list[SendInstruction]:
@@ -130,25 +184,22 @@ class Sender:
         out.num_resends += 1
         if out.num_resends > self._config.max_resends:
             reason = f"{message.reason}; sent {out.num_resends} times"
-            return [
-                ToDecode(out.decode, TransferCancel(message.transfer_id)),
-                *self._close(
-                    message.transfer_id,
-                    SendEvent.FAIL,
-                    now,
-                    SendClosed(
-                        message.transfer_id,
-                        "transfer_failed",
-                        reason,
-                        retryable=True,
-                        suspect=out.decode.worker_id,
-                    ),
-                ),
-            ]
+            return self._fail(message.transfer_id, out, reason, now)
         out.machine.move(SendEvent.NACKED, now)
         out.epoch = message.epoch
-        out.num_sent = out.num_frames = 0
+        out.num_frames = 0
+        out.sent = [0] * len(out.sent)
         return [CancelPush(message.transfer_id), *self._push(message.transfer_id, out, now)]
+
+    def _fail(
+        self, transfer_id: str, out: _Outgoing, reason: str, now: float
+    ) -> list[SendInstruction]:
+        suspect = out.decode.worker_id
+        closed = SendClosed(transfer_id, "transfer_failed", reason, True, suspect)
+        return [
+            ToDecode(out.decode, TransferCancel(transfer_id)),
+            *self._close(transfer_id, SendEvent.FAIL, now, closed),
+        ]
 
     def acked(self, message: TransferAck, now: float) -> list[SendInstruction]:
         out = self._open.get(message.transfer_id)
@@ -214,28 +265,55 @@ class Sender:
     def _push(self, transfer_id: str, out: _Outgoing, now: float) -> list[SendInstruction]:
         if out.machine.state not in (SendState.STREAMING, SendState.FLUSHING):
             return []
-        instructions: list[SendInstruction] = []
-        count = out.num_computed - out.num_sent
-        if count > 0:
-            instructions.append(
-                PushKv(
+        instructions: list[SendInstruction] = [*self._rows(transfer_id, out)]
+        if out.machine.state is SendState.FLUSHING:
+            end = TransferEnd(
+                transfer_id,
+                out.epoch,
+                out.num_frames,
+                out.num_tokens,
+                out.token_ids,
+                out.version,
+            )
+            end = msgspec.structs.replace(end, checksum=end_checksum(end))
+            out.ended_at = now
+            instructions.append(PushEnd(out.decode, end, out.prefilled_at))
+        return instructions
+
+    def _rows(self, transfer_id: str, out: _Outgoing) -> Iterator[PushKv]:
+        """What is final and not sent, as rectangles: neighbouring layers at one place."""
+        framing = self._framings[out.version]
+        places = list(zip(out.sent, out.computed, strict=True))
+        layer = 0
+        for (sent, computed), same in groupby(places):
+            layers = range(layer, layer + len(list(same)))
+            layer = layers.stop
+            if sent == computed:
+                continue
+            cuts = framing.cuts(
+                sent,
+                computed - sent,
+                self._config.max_frame_bytes,
+                num_tokens_total=out.num_tokens,
+                layers=layers,
+            )
+            num_frames = sum(1 for _ in cuts)
+            if num_frames:
+                yield PushKv(
                     out.decode,
                     transfer_id,
                     out.epoch,
                     out.num_frames,
                     out.block_table,
-                    out.num_sent,
-                    count,
+                    sent,
+                    computed - sent,
+                    out.num_tokens,
+                    layers,
+                    out.version,
+                    out.codecs,
                 )
-            )
-            cuts = cut_frames(self._layout, out.num_sent, count, self._config.max_frame_bytes)
-            out.num_frames += sum(1 for _ in cuts)
-            out.num_sent = out.num_computed
-        if out.machine.state is SendState.FLUSHING:
-            end = TransferEnd(transfer_id, out.epoch, out.num_frames, out.num_tokens, out.token_ids)
-            out.ended_at = now
-            instructions.append(PushEnd(out.decode, end))
-        return instructions
+            out.num_frames += num_frames
+        out.sent = list(out.computed)
 
     def _close(
         self, transfer_id: str, event: SendEvent, now: float, closed: SendClosed | None
@@ -253,3 +331,8 @@ class Sender:
 def owner_name(transfer_id: str) -> str:
     """The name under which a transfer holds its source blocks after prefill."""
     return f"{transfer_id}#send"
+
+
+def floor_of(body: RequestBody, config: KvTransferConfig) -> Quality:
+    """The least quality that the request's KV may come in."""
+    return Quality[config.quality_floor.upper()]

@@ -23,9 +23,11 @@ from baton.protocol.messages import (
     HelloReply,
     KvLink,
     KvOffer,
+    KvProgress,
     Message,
     WorkerRef,
 )
+from kv_transfer.coding import KvCoding
 from kv_transfer.instructions import PushEnd, PushKv
 from kv_transfer.pusher import KvPusher, ReadKv
 from kv_transfer.transports.choose import offers_of
@@ -67,7 +69,10 @@ class DecodeLinks:
         *,
         on_message: Callable[[WorkerRef, AnyMessage], None],
         on_refused: Callable[[WorkerRef, str], None],
+        coding: KvCoding | None = None,
+        reads_beside: bool = False,
     ) -> None:
+        """coding, reads_beside: see ``KvPusher``."""
         self._context = context
         self._hello = hello
         self._layout = layout
@@ -75,6 +80,8 @@ class DecodeLinks:
         self._read_kv = read_kv
         self._on_message = on_message
         self._on_refused = on_refused
+        self._coding = coding
+        self._reads_beside = reads_beside
         self._connections: dict[WorkerRef, _Connection] = {}
         self._group: asyncio.TaskGroup | None = None
         self._closed_bytes: Counter[str] = Counter()
@@ -128,12 +135,18 @@ class DecodeLinks:
             self._context,
             decode.address,
             self._hello,
-            on_message=lambda message: self._on_message(decode, message),
+            on_message=lambda message: self._heard(decode, message),
             on_reply=lambda reply: self._greeted(decode, reply),
         )
         link.connect()
         frame_bytes = self._config.max_frame_bytes
-        pusher = KvPusher(self._layout, frame_bytes, self._read_kv)
+        pusher = KvPusher(
+            self._layout,
+            frame_bytes,
+            self._read_kv,
+            coding=self._coding,
+            reads_beside=self._reads_beside,
+        )
         uplink = Uplink(
             decode.worker_id,
             self._config.transport,
@@ -141,6 +154,14 @@ class DecodeLinks:
         )
         task = self._group.create_task(link.run(), name=f"link to {decode.worker_id}")
         return _Connection(link, pusher, uplink, [task], now, decode.worker_id)
+
+    def _heard(self, decode: WorkerRef, message: AnyMessage) -> None:
+        if isinstance(message, KvProgress):
+            connection = self._connections.get(decode)
+            if connection is not None:
+                connection.pusher.progressed(message)
+        else:
+            self._on_message(decode, message)
 
     def _greeted(self, decode: WorkerRef, reply: HelloReply) -> None:
         connection = self._connections.get(decode)

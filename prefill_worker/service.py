@@ -12,11 +12,13 @@ from baton.engine.executor import Executor
 from baton.engine.scheduler import Scheduler
 from baton.messaging.link import make_hello
 from baton.protocol.clock import Clock
+from baton.protocol.config import KvTransferConfig
 from baton.protocol.messages import AnyMessage, Hello, HelloReply, WorkerRef
 from baton.protocol.spec import WorkerSpec
 from baton.worker.events import ShellFacts
 from baton.worker.shell import WorkerShell
-from kv_transfer.frames import FrameCut
+from kv_transfer.coding import KvCoding
+from kv_transfer.frames import RAW, FrameCut
 from kv_transfer.instructions import CancelPush, PushEnd, PushKv, ToDecode
 from kv_transfer.sender import Sender
 from prefill_worker.decider import ROLE, DecodeRefused, FromDecode, PrefillDecider
@@ -44,7 +46,9 @@ class PrefillService:
             num_layers=executor.spec.num_layers,
         )
         scheduler.set_rates(executor.swap_rates)
-        sender = Sender(pool, executor.layout, spec.kv_transfer)
+        self._coding = KvCoding(executor.layout)
+        codecs = self._coding.qualities(codecs_of(spec.kv_transfer))
+        sender = Sender(pool, executor.layout, spec.kv_transfer, codecs)
         self.decider = PrefillDecider(
             spec.worker_id, incarnation, pool, scheduler, sender, executor.spec.vocab_size
         )
@@ -67,6 +71,8 @@ class PrefillService:
             self._read_kv,
             on_message=self._on_decode_message,
             on_refused=self._on_decode_refused,
+            coding=self._coding,
+            reads_beside=bool(executor.rank_fds),
         )
 
     def bind(self) -> str:
@@ -79,6 +85,7 @@ class PrefillService:
                 group.create_task(self._links.run(), name="links")
                 group.create_task(self._shell.run(), name="shell")
         finally:
+            self._coding.close()
             self._context.destroy(linger=0)
 
     def _describe(self, hello: Hello, version: int) -> HelloReply:
@@ -129,3 +136,8 @@ class PrefillService:
             num_tasks=len(asyncio.all_tasks()),
             kv_links=links,
         )
+
+
+def codecs_of(config: KvTransferConfig) -> tuple[str, ...]:
+    """That may be used where both sides have them."""
+    return (RAW,) if config.codec in ("auto", RAW) else (RAW, config.codec)

@@ -103,10 +103,16 @@ SEND_TRANSITIONS: Mapping[SendState, Mapping[SendEvent, SendState]] = {
 
 
 class ReceiveState(StrEnum):
-    """The decode end. It owns destination blocks in RESERVED; COMMITTED passes them on."""
+    """The decode end. From RESERVED on it owns destination blocks; COMMITTED passes them on.
+
+    Writes run beside it: blocks change hands only once none of a refused epoch runs."""
 
     WAITING = "waiting"
     RESERVED = "reserved"
+    VOID = "void"
+    """The epoch is refused; the next begins once no write of it runs."""
+    FENCING = "fencing"
+    """The transfer is over and its id refused; its blocks are free once no write runs."""
     COMMITTED = "committed"
     REVOKED = "revoked"
     ABORTED = "aborted"
@@ -115,24 +121,35 @@ class ReceiveState(StrEnum):
 class ReceiveEvent(StrEnum):
     ROOM = "room"
     FRAME = "frame"
+    WRITTEN = "written"
     CORRUPT = "corrupt"
     """A frame broke a promise: everything so far is void and a new epoch begins."""
+    FENCED = "fenced"
+    """No write runs any more."""
     COMPLETE = "complete"
     REVOKE = "revoke"
     ABORT = "abort"
 
 
 _C, _W = ReceiveState, ReceiveEvent
-_RECEIVE_ENDS = {_W.REVOKE: _C.REVOKED, _W.ABORT: _C.ABORTED}
 
 RECEIVE_TRANSITIONS: Mapping[ReceiveState, Mapping[ReceiveEvent, ReceiveState]] = {
-    _C.WAITING: {_W.ROOM: _C.RESERVED, **_RECEIVE_ENDS},
+    _C.WAITING: {_W.ROOM: _C.RESERVED, _W.REVOKE: _C.REVOKED, _W.ABORT: _C.ABORTED},
     _C.RESERVED: {
         _W.FRAME: _C.RESERVED,
-        _W.CORRUPT: _C.RESERVED,
+        _W.WRITTEN: _C.RESERVED,
+        _W.CORRUPT: _C.VOID,
         _W.COMPLETE: _C.COMMITTED,
-        **_RECEIVE_ENDS,
+        _W.REVOKE: _C.FENCING,
+        _W.ABORT: _C.FENCING,
     },
+    _C.VOID: {
+        _W.WRITTEN: _C.VOID,
+        _W.FENCED: _C.RESERVED,
+        _W.REVOKE: _C.FENCING,
+        _W.ABORT: _C.FENCING,
+    },
+    _C.FENCING: {_W.WRITTEN: _C.FENCING, _W.FENCED: _C.REVOKED},
     _C.COMMITTED: {},
     _C.REVOKED: {},
     _C.ABORTED: {},

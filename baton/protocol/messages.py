@@ -29,6 +29,8 @@ MAX_KV_LINKS = 256
 Id = Annotated[str, Meta(min_length=1, max_length=192)]
 Text = Annotated[str, Meta(max_length=4_096)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
+Checksum = Annotated[int, Meta(ge=0)]
+"""Up to 64 bits; MessagePack has no more."""
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 """Whether it is in the vocabulary is for the receiver to check; libraries take it as int32."""
@@ -136,6 +138,12 @@ class HopTimes(msgspec.Struct, frozen=True, array_like=True):
     preemptions: Count = 0
     first_step_s: Seconds = 0.0
     """Decode side: commit to this token."""
+    transfer_raw_bytes: Count = 0
+    """What ``transfer_bytes`` stand for."""
+    exposed_s: Seconds = 0.0
+    """From the end of prefill to commit, but for the way of the last message."""
+    recomputed_tokens: Count = 0
+    """Decode side: of the prompt, whose KV did not come but was computed there."""
 
 
 class TokenItem(msgspec.Struct, frozen=True, array_like=True):
@@ -255,19 +263,29 @@ class LoadReport(Message, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """Prefill to decode, when the first chunk is scheduled: ask for room."""
+    """Prefill to decode, when the first chunk is scheduled: ask for room.
+
+    fingerprint: of the layout as wire version 1 has it, "" where that cannot express it; from
+    version 2 on ``layout`` is its own.
+    version: the newest that the prefill side speaks.
+    """
 
     transfer_id: Id
     fingerprint: Text
     body: RequestBody
+    version: Count = 1
+    layout: Text = ""
 
 
 class Granted(Message, frozen=True):
-    """Decode to prefill: room for the KV is held. Frames must carry ``epoch``."""
+    """Decode to prefill: room for the KV is held. Frames must carry ``epoch`` and ``version``,
+    and be coded by one of ``codecs`` or raw."""
 
     transfer_id: Id
     epoch: Count
     lease_s: Seconds
+    version: Count = 1
+    codecs: Annotated[tuple[Text, ...], Meta(max_length=64)] = ()
 
 
 class Denied(Message, frozen=True):
@@ -283,7 +301,9 @@ class KvFrame(Message, frozen=True):
     """Header of one frame on the KV link; the payload is the next part of the message.
 
     The payload is ``[num_layers, 2, num_tokens, kv_heads, head_dim]``, C-contiguous, coded
-    by ``codec``. ``checksum`` is CRC-32 of the payload as sent.
+    by ``codec``; "raw" is the array's own bytes. ``num_bytes`` is the payload's length.
+    ``checksum`` is CRC-32 of the payload in version 1, and XXH3 over the other fields and the
+    payload from version 2 on.
     """
 
     transfer_id: Id
@@ -296,17 +316,28 @@ class KvFrame(Message, frozen=True):
     num_tokens: Count
     codec: Text
     num_bytes: Count
-    checksum: Count
+    checksum: Checksum
+    version: Count = 1
+    group: Count = 0
+    """Of the layout, to which all of the frame's layers belong."""
 
 
 class TransferEnd(Message, frozen=True):
-    """On the KV link behind the last frame of an epoch. ``token_ids``: drawn by prefill."""
+    """On the KV link behind the last frame of an epoch. ``token_ids``: drawn by prefill.
+
+    num_tokens: leading tokens whose KV came. From version 2 on it may be fewer than all: the
+    decode side computes the rest, and ``checksum`` is XXH3 over the other fields.
+    """
 
     transfer_id: Id
     epoch: Count
     num_frames: Count
     num_tokens: Count
     token_ids: TokenIds
+    version: Count = 1
+    checksum: Checksum = 0
+    lag_s: Seconds = 0.0
+    """From the end of prefill to sending this."""
 
 
 class TransferAck(Message, frozen=True):
@@ -323,6 +354,20 @@ class TransferNack(Message, frozen=True):
     dead_epoch: Count
     epoch: Count
     reason: Text
+
+
+class KvProgress(Message, frozen=True):
+    """Decode to prefill, from version 2 on: what of an epoch has been written, in all.
+
+    Said after frames and again with the answer to a renewal, so that a lost one costs nothing.
+    decode_s: time that decoding and writing these bytes took.
+    """
+
+    transfer_id: Id
+    epoch: Count
+    num_frames: Count
+    num_bytes: Count
+    decode_s: Seconds
 
 
 class TransferCancel(Message, frozen=True):
@@ -354,6 +399,7 @@ AnyMessage = (
     | TransferEnd
     | TransferAck
     | TransferNack
+    | KvProgress
     | TransferCancel
     | LeaseRenew
 )

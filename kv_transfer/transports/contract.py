@@ -47,6 +47,11 @@ class LinkLost(TransferFailed):
 class KvOutlet(Protocol):
     """Where parts for one peer go."""
 
+    @property
+    def kind(self) -> str:
+        """Of the transport that takes the next part."""
+        ...
+
     async def room(self, num_bytes: int) -> memoryview | None:
         """Wait until one more payload of at most ``num_bytes`` can go. Raises LinkLost.
 
@@ -61,9 +66,6 @@ class KvOutlet(Protocol):
 
 class KvSender(KvOutlet, Protocol):
     """One peer's link. Not bound to a thread, but used from one event loop at a time."""
-
-    @property
-    def kind(self) -> str: ...
 
     @property
     def num_bytes(self) -> int:

@@ -55,19 +55,35 @@ class Pushed:
     ends: list[TransferEnd] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """Closed, nobody reads."""
+    version: int = 1
     num_read: int = 0
     num_in_place: int = 0
 
     def push(self, transfer_id: str, num_tokens: int) -> None:
-        self.pusher.put(PushKv(DECODE, transfer_id, 1, 0, (), 0, num_tokens))
-        self.pusher.put(PushEnd(DECODE, TransferEnd(transfer_id, 1, 0, num_tokens, (1,))))
+        self.pusher.put(
+            PushKv(
+                DECODE,
+                transfer_id,
+                1,
+                0,
+                (),
+                0,
+                num_tokens,
+                num_tokens,
+                range(LAYOUT.num_layers),
+                version=self.version,
+            )
+        )
+        self.pusher.put(
+            PushEnd(DECODE, TransferEnd(transfer_id, 1, 0, num_tokens, (1,), self.version))
+        )
 
 
 @contextlib.asynccontextmanager
 async def pushing(kind: str) -> AsyncIterator[Pushed]:
     context = zmq.asyncio.Context()
 
-    def on_frame(frame: KvFrame, payload: memoryview, checksum: int, transport: str) -> None:
+    async def on_frame(frame: KvFrame, payload: memoryview, checksum: int, transport: str) -> None:
         pushed.frames.append((frame, bytes(payload), checksum, transport))
 
     def read_kv(table: tuple[int, ...], cut: FrameCut, room: memoryview | None) -> memoryview:

@@ -58,7 +58,7 @@ BODIES = st.builds(
 )
 RESERVES = st.builds(
     lambda request: Reserve(
-        f"{request.request_id}/{request.attempt}", LAYOUT.fingerprint(), request
+        f"{request.request_id}/{request.attempt}", LAYOUT.fingerprint(1), request
     ),
     BODIES,
 )
@@ -149,7 +149,7 @@ FRAMES = messages(named("KvFrame")).map(
         f,
         transfer_id="r/0",
         epoch=f.epoch % 4,
-        fingerprint=LAYOUT.fingerprint(),
+        fingerprint=LAYOUT.fingerprint(1),
         index=0,
         layer_start=0,
         num_layers=3,
@@ -182,5 +182,5 @@ ENDS = messages(named("TransferEnd")).map(
 )
 @SETTINGS
 def test_a_decode_worker_survives_any_message(events: list[object], role: str) -> None:
-    begun = [from_peer(Reserve("r/0", LAYOUT.fingerprint(), body("r", 4)))]
+    begun = [from_peer(Reserve("r/0", LAYOUT.fingerprint(1), body("r", 4)))]
     run(Decode(role, **SMALL), [*begun, *events])

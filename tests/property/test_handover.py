@@ -7,7 +7,6 @@ with every block free, and what was committed is what was computed.
 from __future__ import annotations
 
 import random
-import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ from baton.protocol.messages import (
     Denied,
     Granted,
     KvFrame,
+    KvProgress,
     LeaseRenew,
     Reserve,
     TransferAck,
@@ -35,7 +35,7 @@ from baton.protocol.messages import (
     TransferEnd,
     TransferNack,
 )
-from kv_transfer.frames import RAW, cut_frames
+from kv_transfer.frames import RAW, Framing, frame_checksum, framings_of
 from kv_transfer.instructions import (
     Arrived,
     CancelPush,
@@ -56,7 +56,13 @@ LEASE_S = 9.0
 FRAME_ROWS = 4
 """``cut_frames`` is given this many rows a frame, far below what a config allows."""
 
-TURNS = ("_next_to_decode", "_next_to_prefill", "_next_kv", "_next_kv", "_push_on", "_push_on")
+TURNS = (
+    "_next_to_decode",
+    "_next_to_prefill",
+    *("_next_kv", "_next_kv"),
+    *("_push_on", "_push_on"),
+    *("_write_on", "_write_on"),
+)
 FAULTS = (
     "_repeat_to_decode",
     "_repeat_to_prefill",
@@ -99,6 +105,7 @@ class HandoverMachine(RuleBasedStateMachine):
         self.config = msgspec.structs.replace(config, max_frame_bytes=FRAME_ROWS * ROW_BYTES)
         self.target = BlockPool(NUM_TARGET_BLOCKS, TARGET_BLOCK)
         engine = engine_config(NUM_TARGET_BLOCKS, growth_tokens=growth, watermark=0.2)
+        self.framings: dict[int, Framing] = framings_of(LAYOUT)
         self.receiver = Receiver(self.target, LAYOUT, engine, self.config)
         self.seats = seats
         self.num_lives = 0
@@ -107,6 +114,8 @@ class HandoverMachine(RuleBasedStateMachine):
         self.to_decode: deque[Any] = deque()
         self.to_prefill: deque[Any] = deque()
         self.kv: deque[tuple[Any, bytes]] = deque()
+        self.writing: deque[tuple[KvFrame, tuple[int, ...]]] = deque()
+        """Writes that run beside the decode worker's loop: one after the other, at any time."""
         self.memory: dict[tuple[int, int, int], Row] = {}
         """(target block, offset, layer) to the row that was written there."""
         self.written: dict[tuple[str, int], Counter[tuple[int, int]]] = {}
@@ -196,7 +205,14 @@ class HandoverMachine(RuleBasedStateMachine):
             if isinstance(job, PushEnd):
                 self.kv.append((job.end, b""))
                 return
-            cuts = cut_frames(LAYOUT, job.token_start, job.num_tokens, self.config.max_frame_bytes)
+            framing = self.framings[job.version]
+            cuts = framing.cuts(
+                job.token_start,
+                job.num_tokens,
+                self.config.max_frame_bytes,
+                num_tokens_total=job.num_tokens_total,
+                layers=job.layers,
+            )
             source.pushing = (job, deque(enumerate(cuts, job.first_index)))
         job, left = source.pushing
         index, cut = left.popleft()
@@ -210,7 +226,7 @@ class HandoverMachine(RuleBasedStateMachine):
         frame = KvFrame(
             job.transfer_id,
             job.epoch,
-            LAYOUT.fingerprint(),
+            self.framings[job.version].fingerprint,
             index,
             cut.layer_start,
             cut.num_layers,
@@ -218,8 +234,11 @@ class HandoverMachine(RuleBasedStateMachine):
             cut.num_tokens,
             RAW,
             size,
-            zlib.crc32(payload),
+            0,
+            job.version,
+            cut.group,
         )
+        frame = msgspec.structs.replace(frame, checksum=frame_checksum(frame, payload))
         self.kv.append((frame, payload))
 
     @rule(luck=st.integers(0, 9))
@@ -239,11 +258,18 @@ class HandoverMachine(RuleBasedStateMachine):
                     if peer_key == self.source.peer_key:
                         self.to_prefill.append(message)
                 case WriteKv(frame, table):
-                    self._write(frame, table)
+                    self.writing.append((frame, table))
                 case Arrived():
                     self._commit(instruction)
                 case _:
                     raise AssertionError(instruction)
+
+    def _write_on(self) -> None:
+        """The oldest write that was let in is done."""
+        if self.writing:
+            frame, table = self.writing.popleft()
+            self._write(frame, table)
+            self._receive(self.receiver.written(frame, 0.001, "", self.now))
 
     def _write(self, frame: KvFrame, table: tuple[int, ...]) -> None:
         transfer = frame.transfer_id
@@ -308,6 +334,8 @@ class HandoverMachine(RuleBasedStateMachine):
                 self._send(sender.acked(message, now))
             case TransferNack():
                 self._send(sender.nacked(message, now))
+            case KvProgress():
+                pass  # for the window of the shell
             case _:
                 raise AssertionError(message)
 
@@ -315,7 +343,7 @@ class HandoverMachine(RuleBasedStateMachine):
         if isinstance(message, TransferEnd):
             self._receive(self.receiver.end(message, self.now))
         else:
-            checksum = zlib.crc32(payload)
+            checksum = frame_checksum(message, payload)
             self._receive(self.receiver.frame(message, len(payload), checksum, self.now))
 
     @rule(
@@ -348,7 +376,8 @@ class HandoverMachine(RuleBasedStateMachine):
     @property
     def _is_busy(self) -> bool:
         source = self.source
-        return bool(self.to_decode or self.to_prefill or self.kv or source.queue or source.pushing)
+        on_its_way = self.to_decode or self.to_prefill or self.kv or self.writing
+        return bool(on_its_way or source.queue or source.pushing)
 
     def _repeat_to_decode(self) -> None:
         if self.to_decode:
@@ -399,7 +428,8 @@ class HandoverMachine(RuleBasedStateMachine):
         assert self.source.pool.check_integrity() == []
         assert self.target.check_integrity() == []
         open_here = {transfer for transfer, _ in self.receiver.bodies()}
-        assert self.target.owners <= open_here | {"running"}
+        written_here = {frame.transfer_id for frame, _ in self.writing}
+        assert self.target.owners <= open_here | written_here | {"running"}
 
     def teardown(self) -> None:
         """From here on the network behaves: both ends must come to rest by themselves."""

@@ -33,7 +33,7 @@ from baton.worker.events import (
     StepWanted,
     ToRouter,
 )
-from decode_worker.decider import DecodeDecider, EndArrived, FrameArrived
+from decode_worker.decider import DecodeDecider, EndArrived, FrameArrived, KvWritten
 from kv_transfer.frames import RAW
 from kv_transfer.instructions import ToPrefill, WriteKv
 from kv_transfer.receiver import Receiver
@@ -124,10 +124,14 @@ class Decode(Worker):
         return self(FromPeer(PREFILL_PEER, "p-0", "prefill", message), now)
 
     def reserve(self, request: RequestBody, now: float = 0.0) -> list[Any]:
-        return self.prefill(Reserve(transfer_of(request), LAYOUT.fingerprint(), request), now)
+        """As a peer of KV version 1."""
+        return self.prefill(Reserve(transfer_of(request), LAYOUT.fingerprint(1), request), now)
 
     def frame(self, frame: KvFrame, now: float = 0.0, crc: int = CRC) -> list[Any]:
-        return self(FrameArrived(frame, frame.num_bytes, crc, "zeromq"), now)
+        """What is let in is written at once."""
+        said = self(FrameArrived(frame, frame.num_bytes, crc, "zeromq"), now)
+        written = [i for i in said if isinstance(i, WriteKv)]
+        return [*said, *(i for w in written for i in self(KvWritten(w.frame, 0.001), now))]
 
     def arrive(self, request: RequestBody, epoch: int = 1, token_id: int = 42) -> None:
         """The whole hand-over, at time 0."""
@@ -149,7 +153,7 @@ def frame(request: RequestBody, epoch: int, **change: Any) -> KvFrame:
     count = len(request.prompt_ids) + len(request.output_ids)
     size = LAYOUT.num_layers * count * ROW_BYTES
     sent = KvFrame(
-        transfer_of(request), epoch, LAYOUT.fingerprint(), 0, 0, 3, 0, count, RAW, size, CRC
+        transfer_of(request), epoch, LAYOUT.fingerprint(1), 0, 0, 3, 0, count, RAW, size, CRC
     )
     return msgspec.structs.replace(sent, **change)
 

@@ -57,7 +57,7 @@ def test_a_hand_over_is_granted_written_committed_and_decoded() -> None:
     request = body("r", 10, max_tokens=3)
     assert decode.reserve(request, 1.0) == [ToPrefill(P, Granted(T, 1, 10.0))]
     whole = frame(request, 1)
-    assert decode.frame(whole, 2.0) == [WriteKv(whole, (0, 1))]
+    assert decode.frame(whole, 2.0) == [WriteKv(whole, (0, 1), 10)]
     assert decode(end(request, 1, 42), 3.0) == [ToPrefill(P, TransferAck(T, 1))]
     chunk = SequenceChunk(T, (42,), 10, (0, 1), True, request.sampling)
     assert decode(StepWanted(), 3.0) == [RunStep(StepPlan(1, (chunk,)))]
@@ -68,6 +68,7 @@ def test_a_hand_over_is_granted_written_committed_and_decoded() -> None:
         codec=RAW,
         transport="zeromq",
         first_step_s=1.5,
+        transfer_raw_bytes=10 * LAYOUT.bytes_per_token,
     )
     step = StepResult(1, (SampledToken(T, 43),), 0.0)
     assert decode(StepDone(step), 4.5) == [decode_tokens(TokenItem("r", 0, 1, (43,), hop=hop))]
@@ -153,7 +154,7 @@ def test_what_never_fits_is_denied_and_leaves_nothing_behind() -> None:
     assert denied.message.code == "invalid_request"
     [denied] = decode.prefill(Reserve(T, "feed", body("r", 4)))
     assert denied.message.code == "incompatible_peer"
-    [denied] = decode.prefill(Reserve("x/0", LAYOUT.fingerprint(), body("r", 4)))
+    [denied] = decode.prefill(Reserve("x/0", LAYOUT.fingerprint(1), body("r", 4)))
     assert denied.message.message == "the transfer id does not belong to the request"
     decode.idle()
     assert decode.reserve(body("r", 4)) == [ToPrefill(P, Granted(T, 1, 10.0))]

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from baton.engine.block_pool import BlockPool
 from baton.protocol.messages import (
     Denied,
     Granted,
     KvFrame,
+    KvProgress,
     LeaseRenew,
     RequestBody,
     Reserve,
@@ -14,7 +17,7 @@ from baton.protocol.messages import (
     TransferEnd,
     TransferNack,
 )
-from kv_transfer.frames import RAW
+from kv_transfer.frames import KV_VERSION, RAW, end_checksum
 from kv_transfer.instructions import Arrived, ToPrefill, WriteKv
 from kv_transfer.receiver import Receiver
 from tests.support.core import LAYOUT, ROW_BYTES, body, engine_config, transfer_config
@@ -32,7 +35,8 @@ def make(num_blocks: int = 8, **engine: Any) -> tuple[Receiver, BlockPool]:
 
 
 def ask(request: RequestBody = BODY, transfer: str = T) -> Reserve:
-    return Reserve(transfer, LAYOUT.fingerprint(), request)
+    """As a peer of KV version 1."""
+    return Reserve(transfer, LAYOUT.fingerprint(1), request)
 
 
 def to(message: Any) -> ToPrefill:
@@ -42,7 +46,7 @@ def to(message: Any) -> ToPrefill:
 def frame(epoch: int, index: int = 0, start: int = 0, count: int = 20, **change: Any) -> KvFrame:
     size = 3 * count * ROW_BYTES
     values = {"codec": RAW, "num_bytes": size, "checksum": CRC} | change
-    fingerprint = LAYOUT.fingerprint()
+    fingerprint = LAYOUT.fingerprint(1)
     return KvFrame(T, epoch, fingerprint, index, 0, 3, start, count, **values)
 
 
@@ -57,18 +61,28 @@ def reserved(**engine: Any) -> tuple[Receiver, BlockPool]:
     return receiver, pool
 
 
-def arrived(blocks: tuple[int, ...], num_frames: int, transfer_s: float) -> Arrived:
+def write(
+    receiver: Receiver, sent: KvFrame, now: float, blocks: tuple[int, ...] = (0, 1, 2, 3)
+) -> list[Any]:
+    """Let in and written at once; what comes of the latter."""
+    assert receiver.frame(sent, sent.num_bytes, CRC, now) == [WriteKv(sent, blocks, 20)]
+    return [*receiver.written(sent, 0.25, "", now)]
+
+
+def arrived(blocks: tuple[int, ...], num_frames: int, transfer_s: float, **change: Any) -> Arrived:
     num_bytes = 20 * LAYOUT.bytes_per_token
-    return Arrived(T, BODY, (5,), blocks, 1.0, 2.0, transfer_s, num_bytes, num_frames)
+    values = {"num_tokens": 20, "num_raw_bytes": num_bytes, "codecs": {RAW: num_bytes}} | change
+    return Arrived(T, BODY, (5,), blocks, 1.0, 2.0, transfer_s, num_bytes, num_frames, **values)
 
 
 def test_frames_are_written_and_the_end_commits() -> None:
     receiver, pool = reserved()
-    blocks = (0, 1, 2, 3)
     first, second = frame(1, 0, 0, 12), frame(1, 1, 12, 8)
-    assert receiver.frame(first, first.num_bytes, CRC, 4.0) == [WriteKv(first, blocks)]
-    assert receiver.frame(second, second.num_bytes, CRC, 5.0) == [WriteKv(second, blocks)]
-    assert receiver.end(end(1, 2), 6.5) == [to(TransferAck(T, 1)), arrived(blocks, 2, 2.5)]
+    assert write(receiver, first, 4.0) == write(receiver, second, 5.0) == []
+    assert receiver.end(end(1, 2), 6.5) == [
+        to(TransferAck(T, 1)),
+        arrived((0, 1, 2, 3), 2, 2.5),
+    ]
     assert receiver.num_open == 0
     assert pool.num_free == 4, "20 + 8 tokens; they are the decode worker's now"
     assert receiver.end(end(1, 2), 7.0) == [to(TransferAck(T, 1))], "said again, answered again"
@@ -80,14 +94,14 @@ def test_frames_are_written_and_the_end_commits() -> None:
 def test_a_damaged_frame_voids_the_epoch() -> None:
     receiver, pool = reserved()
     good, bad = frame(1, 0, 0, 12), frame(1, 1, 12, 8)
-    receiver.frame(good, good.num_bytes, CRC, 4.0)
+    write(receiver, good, 4.0)
     [answer] = receiver.frame(bad, bad.num_bytes, CRC + 1, 4.0)
     reason = f"KV frame 1 of {T}: checksum 0x4e, header says 0x4d"
     assert answer == to(TransferNack(T, 1, 2, reason))
     assert receiver.frame(bad, bad.num_bytes, CRC, 4.0) == [], "the old epoch is dead"
     assert receiver.num_corrupt == 1
     again = frame(2)
-    assert receiver.frame(again, again.num_bytes, CRC, 5.0) == [WriteKv(again, (0, 1, 2, 3))]
+    assert write(receiver, again, 5.0) == []
     assert receiver.end(end(2), 5.0) == [to(TransferAck(T, 2)), arrived((0, 1, 2, 3), 1, 1.0)]
     assert pool.owners == {T}
 
@@ -106,7 +120,7 @@ def test_an_end_that_does_not_fit_voids_the_epoch() -> None:
     whole = frame(1)
     for wrong in (end(1, 2), end(1, 1, ()), end(1, 1, (5, 6)), TransferEnd(T, 1, 1, 19, (5,))):
         receiver, pool = reserved()
-        receiver.frame(whole, whole.num_bytes, CRC, 4.0)
+        write(receiver, whole, 4.0)
         [answer] = receiver.end(wrong, 4.0)
         assert isinstance(answer, ToPrefill)
         assert isinstance(answer.message, TransferNack)
@@ -187,7 +201,7 @@ def test_a_silent_prefill_side_loses_its_room_and_is_fenced() -> None:
 def test_frames_renew_the_lease_and_another_peer_does_not() -> None:
     receiver, _ = reserved()
     first = frame(1, 0, 0, 12)
-    receiver.frame(first, first.num_bytes, CRC, 9.0)
+    write(receiver, first, 9.0)
     assert receiver.renew("q|1", LeaseRenew((T,)), 15.0) == []
     assert receiver.tick(19.0) == []
     assert len(receiver.tick(19.5)) == 1
@@ -198,7 +212,7 @@ def test_renewing_says_again_what_may_have_been_lost() -> None:
     renew = LeaseRenew((T,))
     assert receiver.renew(P, renew, 4.0) == [to(Granted(T, 1, 10.0))]
     whole = frame(1)
-    receiver.frame(whole, whole.num_bytes, CRC, 4.0)
+    write(receiver, whole, 4.0)
     assert receiver.renew(P, renew, 4.0) == [], "frames come, so the grant was heard"
     receiver.end(end(1), 4.0)
     assert receiver.renew(P, renew, 5.0) == [to(TransferAck(T, 1))]
@@ -214,3 +228,128 @@ def test_cancel_is_idempotent() -> None:
     receiver.reserve(P, ask(body("w", 4), "w/0"), 4.0)
     assert receiver.cancel("w/0", 4.0), "one that only waits, too"
     assert receiver.grant(1, 5.0) == []
+
+
+# --- version 2 ------------------------------------------------------------------------
+
+
+def newest(**engine: Any) -> tuple[Receiver, BlockPool]:
+    """A reservation of version 2; int8 can be decoded here."""
+    pool = BlockPool(8, 8)
+    receiver = Receiver(pool, LAYOUT, engine_config(8, **engine), transfer_config(), ["int8"])
+    asked = Reserve(T, LAYOUT.fingerprint(1), BODY, KV_VERSION, LAYOUT.fingerprint())
+    assert receiver.reserve(P, asked, 1.0) == []
+    assert receiver.grant(1, 3.0) == [to(Granted(T, 1, 10.0, 2, ("int8", RAW)))]
+    return receiver, pool
+
+
+def frame2(epoch: int, index: int = 0, start: int = 0, count: int = 20, **change: Any) -> KvFrame:
+    fingerprint = LAYOUT.fingerprint()
+    values = {"fingerprint": fingerprint, "version": 2} | change
+    return msgspec.structs.replace(frame(epoch, index, start, count), **values)
+
+
+def end2(epoch: int, num_frames: int = 1, num_tokens: int = 20) -> TransferEnd:
+    said = TransferEnd(T, epoch, num_frames, num_tokens, (5,), 2, lag_s=0.5)
+    return msgspec.structs.replace(said, checksum=end_checksum(said))
+
+
+def test_progress_is_told_and_told_again_with_a_renewal() -> None:
+    receiver, _ = newest()
+    first, second = frame2(1, 0, 0, 12), frame2(1, 1, 12, 8, codec="int8", num_bytes=100)
+    told = to(KvProgress(T, 1, 1, first.num_bytes, 0.25))
+    assert write(receiver, first, 4.0) == [told]
+    assert receiver.renew(P, LeaseRenew((T,)), 4.5) == [told]
+    assert write(receiver, second, 5.0) == [to(KvProgress(T, 1, 2, first.num_bytes + 100, 0.5))]
+    [_, arrived] = receiver.end(end2(1, 2), 6.0)
+    assert isinstance(arrived, Arrived)
+    assert arrived.codecs == {RAW: first.num_bytes, "int8": 100}
+    assert (arrived.num_bytes, arrived.num_raw_bytes) == (
+        first.num_bytes + 100,
+        20 * LAYOUT.bytes_per_token,
+    )
+    assert arrived.exposed_s == 0.5
+
+
+def test_an_end_waits_for_the_last_write() -> None:
+    receiver, pool = newest()
+    whole = frame2(1)
+    receiver.frame(whole, whole.num_bytes, CRC, 4.0)
+    assert receiver.end(end2(1), 4.0) == receiver.end(end2(1), 4.5) == []
+    acked, arrived = receiver.written(whole, 1.0, "", 6.0)
+    assert acked == to(TransferAck(T, 1))
+    assert isinstance(arrived, Arrived)
+    assert arrived.exposed_s == 0.5 + 2.0
+    assert pool.owners == {T}
+
+
+def test_blocks_stay_until_no_write_of_a_revoked_transfer_runs() -> None:
+    for revoke in (lambda r: r.tick(30.0), lambda r: r.cancel(T, 5.0)):
+        receiver, pool = newest()
+        first, second = frame2(1, 0, 0, 12), frame2(1, 1, 12, 8)
+        for sent in (first, second):
+            receiver.frame(sent, sent.num_bytes, CRC, 4.0)
+        revoke(receiver)
+        assert (T in receiver, receiver.num_open, pool.owners) == (False, 1, {T})
+        assert receiver.reserve(P, ask(), 31.0) == []
+        assert receiver.frame(frame2(1, 2), 1, CRC, 31.0) == []
+        assert receiver.written(first, 0.1, "", 31.0) == []
+        assert pool.owners == {T}
+        assert receiver.written(second, 0.1, "did not decode", 31.0) == []
+        assert (receiver.num_open, pool.num_free) == (0, 8)
+
+
+def test_a_new_epoch_begins_only_when_no_write_of_the_old_one_runs() -> None:
+    receiver, _ = newest()
+    good, bad = frame2(1, 0, 0, 12), frame2(1, 1, 12, 8)
+    receiver.frame(good, good.num_bytes, CRC, 4.0)
+    assert receiver.frame(bad, bad.num_bytes, CRC + 1, 4.0) == []
+    assert receiver.end(end2(1, 2), 4.0) == receiver.renew(P, LeaseRenew((T,)), 4.0) == []
+    [nack] = receiver.written(good, 0.1, "", 5.0)
+    assert isinstance(nack, ToPrefill)
+    assert (nack.message.dead_epoch, nack.message.epoch) == (1, 2)
+    again = frame2(2)
+    assert write(receiver, again, 6.0) == [to(KvProgress(T, 2, 1, again.num_bytes, 0.25))]
+    assert receiver.num_corrupt == 1
+
+
+def test_what_does_not_decode_voids_the_epoch() -> None:
+    receiver, _ = newest()
+    first = frame2(1, codec="int8", num_bytes=100)
+    receiver.frame(first, 100, CRC, 4.0)
+    [nack] = receiver.written(first, 0.1, "escapes are missing", 5.0)
+    assert isinstance(nack, ToPrefill)
+    assert "escapes are missing" in nack.message.reason
+
+
+def test_an_end_may_cover_a_part_and_no_more_than_came() -> None:
+    receiver, _ = newest()
+    write(receiver, frame2(1, 0, 0, 12), 4.0)
+    [_, arrived] = receiver.end(end2(1, 1, 12), 5.0)
+    assert isinstance(arrived, Arrived)
+    assert arrived.num_tokens == 12
+    receiver, _ = newest()
+    [_, arrived] = receiver.end(end2(1, 0, 0), 5.0)
+    assert isinstance(arrived, Arrived)
+    assert (arrived.num_tokens, arrived.num_bytes) == (0, 0)
+    receiver, _ = newest()
+    write(receiver, frame2(1, 0, 0, 12), 4.0)
+    [nack] = receiver.end(end2(1, 1, 13), 5.0)
+    assert isinstance(nack.message, TransferNack)
+
+
+def test_a_damaged_end_voids_the_epoch() -> None:
+    for change in ({"token_ids": (4,)}, {"checksum": 1}, {"lag_s": 0.25}, {"version": 1}):
+        receiver, _ = newest()
+        write(receiver, frame2(1), 4.0)
+        [nack] = receiver.end(msgspec.structs.replace(end2(1), **change), 5.0)
+        assert isinstance(nack.message, TransferNack)
+
+
+def test_another_layout_in_version_2_is_refused_and_named() -> None:
+    receiver, _ = make()
+    asked = Reserve(T, LAYOUT.fingerprint(1), BODY, KV_VERSION, "feed")
+    [answer] = receiver.reserve(P, asked, 0.0)
+    assert isinstance(answer, ToPrefill)
+    assert answer.message.code == "incompatible_peer"
+    assert "feed" in answer.message.message

@@ -14,13 +14,16 @@ from baton.protocol.messages import (
     TransferNack,
     WorkerRef,
 )
+from kv_transfer.frames import KV_VERSION, RAW
 from kv_transfer.instructions import CancelPush, PushEnd, PushKv, SendClosed, ToDecode
 from kv_transfer.sender import Sender, owner_name
 from tests.support.core import DECODE, LAYOUT, body, transfer_config
 
 T = "r/0"
 BODY = body("r", 20, max_tokens=8)
-RESERVE = ToDecode(DECODE, Reserve(T, LAYOUT.fingerprint(), BODY))
+RESERVE = ToDecode(
+    DECODE, Reserve(T, LAYOUT.fingerprint(1), BODY, KV_VERSION, LAYOUT.fingerprint())
+)
 CANCEL = ToDecode(DECODE, TransferCancel(T))
 
 
@@ -33,11 +36,11 @@ def begun(*, max_resends: int = 2) -> tuple[Sender, BlockPool, tuple[int, ...]]:
 
 
 def push(table: tuple[int, ...], epoch: int, first: int, start: int, count: int) -> PushKv:
-    return PushKv(DECODE, T, epoch, first, table, start, count)
+    return PushKv(DECODE, T, epoch, first, table, start, count, 20, range(3), codecs=(RAW,))
 
 
-def end(epoch: int, num_frames: int) -> PushEnd:
-    return PushEnd(DECODE, TransferEnd(T, epoch, num_frames, 20, (5,)))
+def end(epoch: int, num_frames: int, prefilled_at: float = 1.0) -> PushEnd:
+    return PushEnd(DECODE, TransferEnd(T, epoch, num_frames, 20, (5,)), prefilled_at)
 
 
 def flushing(max_resends: int = 2) -> tuple[Sender, BlockPool, tuple[int, ...]]:
@@ -53,7 +56,7 @@ def test_granted_before_prefill_is_done_streams_chunk_after_chunk() -> None:
     assert sender.computed(T, table[:1], 8, 0.5) == []
     assert sender.granted(Granted(T, 4, 10.0), DECODE, 1.0) == [push(table[:1], 4, 0, 0, 8)]
     assert sender.computed(T, table, 20, 2.0) == [push(table, 4, 1, 8, 12)]
-    assert sender.prefill_done(T, (5,), 2.0) == [end(4, 2)]
+    assert sender.prefill_done(T, (5,), 2.0) == [end(4, 2, 2.0)]
     assert (sender.num_parked, pool.num_free) == (0, 5)
     assert sender.acked(TransferAck(T, 4), 3.0) == [CancelPush(T), SendClosed(T)]
     assert (sender.num_open, pool.num_free) == (0, 8)
@@ -162,4 +165,4 @@ def test_frames_are_counted_as_they_are_cut() -> None:
     assert sender.computed(T, table, 7, 0.0) == [push(table, 1, 0, 0, 7)]
     # Three layers, seven tokens in frames of three: three frames a layer.
     assert sender.computed(T, table, 20, 0.0) == [push(table, 1, 9, 7, 13)]
-    assert sender.prefill_done(T, (5,), 0.0) == [end(1, 9 + 15)]
+    assert sender.prefill_done(T, (5,), 0.0) == [end(1, 9 + 15, 0.0)]

@@ -30,6 +30,7 @@ from baton.worker.events import (
     StepWanted,
     Tick,
 )
+from kv_transfer.frames import KV_VERSION, RAW
 from kv_transfer.instructions import CancelPush, PushEnd, PushKv, ToDecode
 from prefill_worker.decider import DecodeRefused
 from tests.support.core import (
@@ -53,12 +54,17 @@ def dispatch(request: RequestBody, decode: WorkerRef | None = DECODE) -> Dispatc
 
 
 def reserve(request: RequestBody) -> ToDecode:
-    return ToDecode(DECODE, Reserve(T, LAYOUT.fingerprint(), request))
+    fingerprints = LAYOUT.fingerprint(1), LAYOUT.fingerprint()
+    return ToDecode(DECODE, Reserve(T, fingerprints[0], request, KV_VERSION, fingerprints[1]))
 
 
 def parked(prefill: Prefill, request: RequestBody) -> None:
     prefill.tell(dispatch(request))
     prefill.step()
+
+
+def push(first: int, table: tuple[int, ...], start: int, count: int) -> PushKv:
+    return PushKv(DECODE, T, 7, first, table, start, count, 20, range(3), codecs=(RAW,))
 
 
 def test_the_first_token_goes_to_the_router_and_the_kv_to_the_decode_worker() -> None:
@@ -70,14 +76,14 @@ def test_the_first_token_goes_to_the_router_and_the_kv_to_the_decode_worker() ->
     assert prefill(StepWanted(), 2.0) == [RunStep(StepPlan(1, (chunk,))), reserve(later)]
     assert prefill(StepDone(StepResult(1, (), 0.1)), 3.0) == []
     granted = prefill.answer(Granted(T, 7, 10.0), 3.0)
-    assert granted == [PushKv(DECODE, T, 7, 0, (0, 1), 0, 16)]
+    assert granted == [push(0, (0, 1), 0, 16)]
     rest = SequenceChunk(T, (16, 17, 18, 19), 16, (0, 1, 2), True, request.sampling)
     assert prefill(StepWanted(), 3.0) == [RunStep(StepPlan(2, (rest,)))]
     hop = HopTimes(queued_s=1.0, prefill_s=2.0, num_chunks=2)
     assert prefill(StepDone(StepResult(2, (SampledToken(T, 42),), 0.1)), 4.0) == [
         prefill_tokens(TokenItem("r", 0, 0, (42,), hop=hop)),
-        PushKv(DECODE, T, 7, 1, (0, 1, 2), 16, 4),
-        PushEnd(DECODE, TransferEnd(T, 7, 2, 20, (42,))),
+        push(1, (0, 1, 2), 16, 4),
+        PushEnd(DECODE, TransferEnd(T, 7, 2, 20, (42,)), 4.0),
     ]
     assert prefill.tell(ack(1), 4.0) == []
     assert prefill.decider.num_open == 1, "the KV is not acknowledged"

@@ -1,0 +1,92 @@
+"""Coding KV beside the event loop: one thread, and the codecs of one layout by name."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from baton.protocol.layout import KvGroup, KvLayout
+from kv_transfer.codecs import registry
+from kv_transfer.codecs.contract import Array, Bytes, Codec, KvPart, Quality, array_dtype
+from kv_transfer.frames import RAW, FrameCut
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    dtype: str
+    num_kv_heads: int
+    head_dim: int
+
+
+class KvCoding:
+    """Thread-safe where said. ``close`` when no more work is given."""
+
+    def __init__(self, layout: KvLayout, make: Callable[[str, _Geometry], Codec] = registry.make):
+        self._layout = layout
+        self._make = make
+        self._made: dict[tuple[str, _Geometry], Codec] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv codec")
+
+    def qualities(self, names: tuple[str, ...]) -> Mapping[str, Quality]:
+        """Of each of the codecs named, ``raw`` first."""
+        geometry = _geometry(self._layout, self._layout.groups[0])
+        others = {name: self._codec(name, geometry).quality for name in names if name != RAW}
+        return {RAW: Quality.EXACT} | others
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """``work`` in the thread, in the order of the calls. Cancelled, it still waits for its
+        end: the memory that ``work`` uses may be the caller's."""
+        future = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                try:
+                    await asyncio.wait([future])
+                except asyncio.CancelledError:
+                    continue
+            future.exception()
+            raise
+
+    def encode(self, name: str, kv: memoryview, cut: FrameCut, num_tokens_total: int) -> memoryview:
+        """In the thread. kv: the rectangle's own bytes."""
+        shape, codec = self._shape(cut), self._codec_of(name, cut)
+        array = np.frombuffer(kv, dtype=array_dtype(self._layout.dtype)).reshape(shape)
+        return memoryview(codec.encode(array, _part(cut, num_tokens_total))).cast("B")
+
+    def decode(self, name: str, stream: Bytes, cut: FrameCut, num_tokens_total: int) -> memoryview:
+        """In the thread. The rectangle's own bytes; raises CodecError."""
+        out: Array = np.empty(self._shape(cut), dtype=array_dtype(self._layout.dtype))
+        self._codec_of(name, cut).decode(stream, _part(cut, num_tokens_total), out)
+        return out.reshape(-1).view(np.uint8).data
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def _shape(self, cut: FrameCut) -> tuple[int, ...]:
+        group = self._layout.groups[cut.group]
+        return (cut.num_layers, 2, cut.num_tokens, group.num_kv_heads, group.head_dim)
+
+    def _codec_of(self, name: str, cut: FrameCut) -> Codec:
+        return self._codec(name, _geometry(self._layout, self._layout.groups[cut.group]))
+
+    def _codec(self, name: str, geometry: _Geometry) -> Codec:
+        codec = self._made.get((name, geometry))
+        if codec is None:
+            codec = self._made[name, geometry] = self._make(name, geometry)
+        return codec
+
+
+def _geometry(layout: KvLayout, group: KvGroup) -> _Geometry:
+    return _Geometry(layout.dtype, group.num_kv_heads, group.head_dim)
+
+
+def _part(cut: FrameCut, num_tokens_total: int) -> KvPart:
+    return KvPart(cut.layer_start, cut.token_start, num_tokens_total)
