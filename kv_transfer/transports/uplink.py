@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from baton.protocol.errors import TransferFailed
 from baton.protocol.messages import KvOffer
+from kv_transfer.transports import in_process
 from kv_transfer.transports.choose import AUTO, FALLBACK, WHY_AUTO, candidates, refused
 from kv_transfer.transports.contract import KvSender, LinkLost
 
@@ -59,7 +60,8 @@ class Uplink:
             try:
                 self._sender = await self._connected(offer)
             except LinkLost as exc:
-                failures.append(exc.message)
+                if offer.transport != in_process.KIND:  # Which goes without saying.
+                    failures.append(exc.message)
                 continue
             self._chosen = offer
             self.reason = "; ".join([*failures, self._why(offer)])
