@@ -59,10 +59,11 @@ def paged_prefill_attention_reference(
     for seq, end in enumerate(context_lens.tolist()):
         rows = slice(starts[seq], starts[seq + 1])
         num_rows = rows.stop - rows.start
-        keys = rows_of(key_blocks, block_tables[seq], 0, end)
-        values = rows_of(value_blocks, block_tables[seq], 0, end)
+        first = 0 if window is None else max(0, end - num_rows - window + 1)
+        keys = rows_of(key_blocks, block_tables[seq], first, end)
+        values = rows_of(value_blocks, block_tables[seq], first, end)
         query_positions = torch.arange(end - num_rows, end, device=q.device)[:, None]
-        key_positions = torch.arange(end, device=q.device)
+        key_positions = torch.arange(first, end, device=q.device)
         visible = key_positions <= query_positions
         if window is not None:
             visible &= key_positions > query_positions - window
@@ -196,10 +197,12 @@ def _prefill_kernel(
     # Keys from ``begin`` to below ``stop`` are visible to some row; those from ``whole_begin`` to
     # below ``whole_stop``, whole tiles, to every row: only the tiles around these need a mask.
     stop = first_position + tl.minimum(BLOCK_Q, num_queries - first_query)
+    first = 0
     begin = 0
     whole_begin = 0
     if HAS_WINDOW:
-        begin = tl.maximum(0, first_position - window + 1) // BLOCK_N * BLOCK_N
+        first = tl.maximum(0, first_position - window + 1)
+        begin = first // BLOCK_N * BLOCK_N
         whole_begin = tl.maximum(0, stop - window)
         whole_begin = (whole_begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     whole_stop = tl.maximum(whole_begin, (first_position + 1) // BLOCK_N * BLOCK_N)
@@ -213,19 +216,19 @@ def _prefill_kernel(
     if HAS_WINDOW:
         row_max, row_sum, mixed = _fold_keys(
             row_max, row_sum, mixed, q, positions, key_ptr, value_ptr, table,
-            begin, tl.minimum(whole_begin, stop), stop, inner, outer, window,
+            begin, tl.minimum(whole_begin, stop), first, stop, inner, outer, window,
             NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
             True, HAS_WINDOW, HAS_CAP, DOT_IN_FP32,
         )  # fmt: skip
     row_max, row_sum, mixed = _fold_keys(
         row_max, row_sum, mixed, q, positions, key_ptr, value_ptr, table,
-        whole_begin, whole_stop, stop, inner, outer, window,
+        whole_begin, whole_stop, first, stop, inner, outer, window,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
         False, HAS_WINDOW, HAS_CAP, DOT_IN_FP32,
     )  # fmt: skip
     row_max, row_sum, mixed = _fold_keys(
         row_max, row_sum, mixed, q, positions, key_ptr, value_ptr, table,
-        whole_stop, stop, stop, inner, outer, window,
+        whole_stop, stop, first, stop, inner, outer, window,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D,
         True, HAS_WINDOW, HAS_CAP, DOT_IN_FP32,
     )  # fmt: skip
@@ -248,6 +251,7 @@ def _fold_keys(
     table: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
+    first: tl.tensor,
     num_keys: tl.tensor,
     inner: tl.tensor,
     outer: tl.tensor,
@@ -262,10 +266,13 @@ def _fold_keys(
     HAS_CAP: tl.constexpr,
     DOT_IN_FP32: tl.constexpr,
 ) -> Any:
-    """Keys ``begin .. end - 1`` in tiles; ``num_keys`` and what follows is never read."""
+    """Keys ``begin .. end - 1`` in tiles. What is before ``first``, or from ``num_keys`` on, is
+    never read: such rows may hold anything."""
     for tile in range(begin, end, BLOCK_N):
         keys = tile + tl.arange(0, BLOCK_N)
-        stored = keys < num_keys if MASKED else tl.full((BLOCK_N,), True, tl.int1)
+        stored = tl.full((BLOCK_N,), True, tl.int1)
+        if MASKED:
+            stored = (keys >= first) & (keys < num_keys)
         k, v = load_kv(
             key_ptr, value_ptr, table, keys, stored,
             NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_D, MASKED, DOT_IN_FP32,

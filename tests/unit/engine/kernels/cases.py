@@ -62,6 +62,19 @@ def paged(
     )
 
 
+def forget_unseen(kv: Paged, num_rows: list[int], window: int | None) -> Paged:
+    """NaN, too, in the slots before the first that any of a sequence's last ``num_rows`` tokens
+    sees: of a prompt that came from elsewhere they hold anything."""
+    block_size = kv.key_blocks.shape[1]
+    for row, count in enumerate(num_rows):
+        first = 0 if window is None else int(kv.context_lens[row]) - count - window + 1
+        positions = torch.arange(max(0, first), device=kv.block_tables.device)
+        blocks = kv.block_tables[row].long()[positions // block_size]
+        kv.key_blocks[blocks, positions % block_size] = float("nan")
+        kv.value_blocks[blocks, positions % block_size] = float("nan")
+    return kv
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised tensors hold NaN: an output that nothing wrote shows."""

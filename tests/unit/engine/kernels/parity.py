@@ -22,6 +22,7 @@ from tests.unit.engine.kernels.cases import (
     assert_close,
     both,
     check,
+    forget_unseen,
     paged,
     randn,
     requests,
@@ -58,6 +59,7 @@ def test_decode_attention(
     group: int, dim: int, dtype: torch.dtype, window: int | None, soft_cap: float | None
 ) -> None:
     kv = paged([13, 1, 37], kv_heads=2, dim=dim, dtype=dtype, device="cpu")
+    kv = forget_unseen(kv, [1, 1, 1], window)
     q = randn(3, 2 * group, dim, dtype=dtype, device="cpu")
     check(
         "paged_decode_attention",
@@ -75,6 +77,7 @@ def test_decode_attention(
 @pytest.mark.parametrize("window", [None, 300])
 def test_decode_attention_over_several_splits_with_a_padding_row(window: int | None) -> None:
     kv = paged([1029, 0, 512], kv_heads=1, dim=64, dtype=FLOAT32, device="cpu", block_size=16)
+    kv = forget_unseen(kv, [1, 0, 1], window)
     q = randn(3, 6, 64, dtype=FLOAT32, device="cpu")[:, 1:3]
     found = check(
         "paged_decode_attention",
@@ -116,6 +119,7 @@ def test_prefill_attention(
 ) -> None:
     """A whole prompt, one row behind a cached prefix, a chunk behind one, then padding."""
     kv = paged([9, 37, 30], kv_heads=2, dim=dim, dtype=dtype, device="cpu")
+    kv = forget_unseen(kv, [9, 1, 11], window)
     starts = torch.tensor([0, 9, 10, 21], dtype=torch.int32)
     q = randn(21 + 2, 2 * group, dim, dtype=dtype, device="cpu")
     expected, found = both(
@@ -138,6 +142,7 @@ def test_prefill_attention_over_many_tiles() -> None:
     kv = paged([290, 130], kv_heads=1, dim=64, dtype=BFLOAT16, device="cpu", block_size=16)
     q = randn(140, 4, 64, dtype=BFLOAT16, device="cpu")
     for window in (None, 150):
+        kv = forget_unseen(kv, [70, 70], window)
         check(
             "paged_prefill_attention",
             q,

@@ -15,6 +15,7 @@ from tests.unit.engine.kernels.cases import (
     assert_close,
     both,
     check,
+    forget_unseen,
     paged,
     randn,
     requests,
@@ -45,7 +46,7 @@ def cache(contexts: list[int], dim: int, dtype: torch.dtype) -> Paged:
 def test_decode_attention(
     group: int, dim: int, dtype: torch.dtype, window: int | None, soft_cap: float | None
 ) -> None:
-    kv = cache(CONTEXTS, dim, dtype)
+    kv = forget_unseen(cache(CONTEXTS, dim, dtype), [1] * len(CONTEXTS), window)
     q = randn(len(CONTEXTS), 4 * group, dim, dtype=dtype, device=CUDA)
     check(
         "paged_decode_attention",
@@ -66,7 +67,7 @@ def test_decode_attention(
 def test_prefill_attention(
     group: int, dim: int, dtype: torch.dtype, window: int | None, soft_cap: float | None
 ) -> None:
-    kv = cache([700, 2049, 33, 1500], dim, dtype)
+    kv = forget_unseen(cache([700, 2049, 33, 1500], dim, dtype), [700, 513, 1, 257], window)
     starts = torch.tensor([0, 700, 1213, 1214, 1471], dtype=torch.int32, device=CUDA)
     q = randn(1471, 4 * group, dim, dtype=dtype, device=CUDA)
     check(
