@@ -107,7 +107,7 @@ class HostSwap:
         """The step raised; whether its copies were made is unknown: recompute."""
         for sequence in self._leaving:
             if sequence.host_blocks:
-                sequence.num_computed = 0
+                sequence.num_computed = sequence.complete_from = 0
                 self.drop(sequence)
         self._settle()
 

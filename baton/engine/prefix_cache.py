@@ -1,9 +1,10 @@
 """Which blocks of a new sequence another one has computed, or is just computing. Pure.
 
 Sequences share full blocks, found by chained keys (``baton.protocol.block_hash``). A block is
-published when a step that computed its last row is over. What an admitted sequence is still
-to compute is announced, so that one that begins alike can wait for it instead of computing
-the same again.
+published when a step that computed its last row is over, or when all its rows came from
+elsewhere: where layers slide, the older blocks of a prompt come without some. What an admitted
+sequence is still to compute is announced, so that one that begins alike can wait for it instead
+of computing the same again.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class PrefixCache:
         keys = sequence.keys(count, size)
         settled = []
         for number in range(sequence.num_named, count):
-            self._pool.publish(sequence.block_table[number], keys[number])
+            if number * size >= sequence.complete_from:
+                self._pool.publish(sequence.block_table[number], keys[number])
             if self._computing.get(keys[number]) is sequence:
                 del self._computing[keys[number]]
                 settled.append(keys[number])
@@ -81,15 +83,16 @@ class PrefixCache:
         return settled
 
     def received(self, sequence: Sequence) -> None:
-        """Publish blocks that came filled from elsewhere. Those that are here already are
-        shared instead, and the copies go back."""
+        """Publish blocks that came filled from elsewhere, but for those that lack rows. Those that
+        are here already are shared instead, and the copies go back."""
         size, pool = self._pool.block_size, self._pool
         count = sequence.num_computed // size
         table = list(sequence.block_table)
         for number, key in enumerate(sequence.keys(count, size)[:count]):
             known = pool.find(key)
             if known is None:
-                pool.publish(table[number], key)
+                if number * size >= sequence.complete_from:
+                    pool.publish(table[number], key)
             elif known != table[number]:
                 pool.share(sequence.seq_id, [known])
                 pool.release(sequence.seq_id, [table[number]])

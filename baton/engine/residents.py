@@ -69,7 +69,7 @@ class Residents:
         """Give back all that it holds, here and in host memory."""
         blocks, sequence.block_table = sequence.block_table, ()
         self.pool.release(sequence.seq_id, blocks)
-        sequence.num_computed = sequence.num_named = 0
+        sequence.num_computed = sequence.num_named = sequence.complete_from = 0
         if self.swap is not None:
             self.swap.drop(sequence)
 

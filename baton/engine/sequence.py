@@ -46,6 +46,9 @@ class Sequence:
     """Tokens that the last admission found in the prefix cache."""
     num_named: int = 0
     """Leading blocks that are full and have been offered to the prefix cache."""
+    complete_from: int = 0
+    """Rows of earlier positions came from elsewhere, and not for layers that slide past them:
+    they serve this sequence and no other."""
     host_blocks: tuple[int, ...] = ()
     """Where its computed KV is while it is swapped out."""
     grammar: object = None

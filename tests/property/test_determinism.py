@@ -26,7 +26,12 @@ from baton.engine.plan import StepPlan
 from baton.engine.scheduler import NewToken, Scheduler, Sequence
 from baton.protocol.config import EngineConfig
 from baton.protocol.sampling import SamplingParams
-from tests.support.tiny_checkpoint import TINY_LLAMA, TINY_MISTRAL, write_checkpoint
+from tests.support.tiny_checkpoint import (
+    TINY_LLAMA,
+    TINY_MISTRAL,
+    tiny_weights,
+    write_checkpoint,
+)
 
 NUM_SCHEDULES = 200
 NUM_BLOCKS = 64
@@ -47,12 +52,32 @@ PROMPTS = (
 # Wide enough that a matrix library treats unlike numbers of rows unlike: then this test fails.
 _WIDER = {"hidden_size": 128, "intermediate_size": 352}
 LONGEST = max(map(len, PROMPTS)) + MAX_TOKENS
-CONFIGS = {"llama": TINY_LLAMA | _WIDER, "mistral": TINY_MISTRAL | _WIDER}
+_QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "num_hidden_layers": 3,
+    "use_sliding_window": True,
+    "sliding_window": 20,
+    "max_window_layers": 1,
+}
+CONFIGS = {
+    "llama": TINY_LLAMA | _WIDER,
+    "mistral": TINY_MISTRAL | _WIDER,
+    "qwen2": TINY_LLAMA | _WIDER | _QWEN2,
+}
+"""All layers see all tokens, all slide, and the upper two slide."""
 
 
 @cache
 def folder(name: str) -> Path:
-    return write_checkpoint(Path(mkdtemp(prefix=f"baton-{name}-")), CONFIGS[name])
+    weights = tiny_weights(CONFIGS[name])
+    if name == "qwen2":
+        for projection in [
+            n for n in weights if n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        ]:
+            bias = 0.3 * torch.randn(weights[projection].shape[0])
+            weights[projection.replace("weight", "bias")] = bias
+    return write_checkpoint(Path(mkdtemp(prefix=f"baton-{name}-")), CONFIGS[name], weights)
 
 
 class Recording:
@@ -190,22 +215,27 @@ class Side:
 
     @property
     def model(self) -> str:
-        return "mistral" if self.worker.executor.spec.family == "mistral" else "llama"
+        return self.worker.executor.spec.family
 
 
 def hand_over(source: Side, target: Side, sequence: Sequence) -> bool:
-    """False where the target has no room: then it stays."""
+    """Moves the rows that what follows looks at, and no others. False where the target has no
+    room: then it stays."""
     num_tokens = sequence.num_computed
     pool = target.scheduler.pool
     need = pool.blocks_for(num_tokens)
     if need > pool.num_free or target.scheduler.num_running >= 8:
         return False
     table = source.scheduler.take_blocks(sequence, "leaving")
-    num_layers = source.worker.executor.layout.num_layers
-    payload = source.worker.executor.read_kv(table, 0, num_tokens, 0, num_layers)
-    source.scheduler.pool.release("leaving", table)
     blocks = pool.allocate(sequence.seq_id, need)
-    target.worker.executor.write_kv(blocks, 0, num_tokens, 0, num_layers, payload)
+    layout = source.worker.executor.layout
+    for group in layout.groups:
+        start = group.needed_from(num_tokens)
+        for run in group.runs if start < num_tokens else ():
+            part = (start, num_tokens - start, *run)
+            payload = source.worker.executor.read_kv(table, *part)
+            target.worker.executor.write_kv(blocks, *part, payload)
+    source.scheduler.pool.release("leaving", table)
     target.scheduler.add_computed(
         Sequence(
             sequence.seq_id,
@@ -214,6 +244,7 @@ def hand_over(source: Side, target: Side, sequence: Sequence) -> bool:
             sequence.sampling,
             block_table=tuple(blocks),
             num_computed=num_tokens,
+            complete_from=layout.complete_from(num_tokens),
         )
     )
     return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from baton.engine.block_pool import BlockPool
 from baton.engine.plan import StepPlan, StepResult
 from baton.engine.preemption import EngineRates
@@ -268,3 +270,88 @@ def test_decodes_come_before_prompts_whatever_their_urgency() -> None:
         plan = engine.step()
         assert shape(plan)[0][0] == "decodes/0"
         assert plan.num_tokens == 32
+
+
+def arrives(engine: Engine, name: str, complete_from: int, max_tokens: int = 60) -> Sequence:
+    """64 tokens whose rows before ``complete_from`` did not come for all layers."""
+    prompt = tuple(range(64))
+    sequence = Sequence(name, prompt, [7], SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+    sequence.block_table = tuple(engine.pool.allocate(name, 5))
+    sequence.num_computed, sequence.complete_from = 64, complete_from
+    engine.scheduler.add_computed(sequence)
+    return sequence
+
+
+def found(engine: Engine, sequence: Sequence) -> list[int]:
+    """Numbers of its leading four blocks that others can find."""
+    keys = sequence.keys(4, 16)
+    return [n for n in range(4) if engine.pool.find(keys[n]) is not None]
+
+
+@pytest.mark.parametrize(
+    ("complete_from", "blocks"), [(0, [0, 1, 2, 3]), (16, [1, 2, 3]), (17, [2, 3]), (64, [])]
+)
+def test_blocks_that_lack_rows_are_nobody_elses(complete_from: int, blocks: list[int]) -> None:
+    engine = Engine()
+    sequence = arrives(engine, "a/0", complete_from)
+    assert found(engine, sequence) == blocks
+    engine.step()
+    assert found(engine, sequence) == blocks
+    engine.add("alike/0", tuple(range(64)), max_tokens=1)
+    assert shape(engine.step())[1] == (
+        "alike/0",
+        0 if complete_from else 48,
+        64 if complete_from else 16,
+    )
+    assert found(engine, sequence) == [0, 1, 2, 3], "the other one has computed them"
+
+
+def test_blocks_that_lack_rows_are_swapped_for_complete_ones() -> None:
+    engine = Engine()
+    engine.add("alike/0", tuple(range(64)))
+    engine.step()
+    sequence = arrives(engine, "a/0", 64)
+    keys = sequence.keys(4, 16)
+    assert sequence.block_table[:4] == tuple(engine.pool.find(key) for key in keys[:4])
+
+
+def preempted(engine: Engine) -> Sequence:
+    engine.add("urgent/0", tuple(range(300, 364)), max_tokens=60)
+    victim = arrives(engine, "a/0", 33)
+    while not victim.num_preemptions:
+        engine.step()
+    return victim
+
+
+def test_a_victim_that_is_recomputed_lacks_nothing() -> None:
+    engine = Engine(num_blocks=9)
+    victim = preempted(engine)
+    assert (victim.num_computed, victim.complete_from) == (0, 0)
+    assert found(engine, victim) == [3], "free, and kept"
+    while not victim.num_computed:
+        engine.step()
+    assert found(engine, victim) == [0, 1, 2, 3]
+
+
+def test_a_victim_that_was_copied_out_lacks_what_it_lacked() -> None:
+    engine = Engine(num_blocks=9, swap_blocks=8)
+    engine.scheduler.set_rates(EngineRates(1.0, 1e9, 1e9))
+    victim = preempted(engine)
+    assert (len(victim.host_blocks), victim.complete_from) == (5, 33)
+    while not victim.block_table:
+        engine.step()
+    engine.step()
+    assert found(engine, victim) == [3]
+
+
+def test_a_victim_whose_copy_is_doubtful_lacks_nothing() -> None:
+    engine = Engine(num_blocks=9, swap_blocks=8)
+    engine.scheduler.set_rates(EngineRates(1.0, 1e9, 1e9))
+    engine.add("urgent/0", tuple(range(300, 364)), max_tokens=60)
+    victim = arrives(engine, "a/0", 33)
+    plan = engine.plan()
+    while not plan.swap_out:
+        engine.done(plan)
+        plan = engine.plan()
+    engine.scheduler.abandon_step()
+    assert (victim.num_computed, victim.complete_from) == (0, 0)
