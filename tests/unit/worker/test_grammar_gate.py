@@ -249,6 +249,19 @@ def test_the_grammar_of_a_transfer_that_ends_is_taken_back(ends: Any) -> None:
     decode.idle()
 
 
+def test_a_cancel_that_comes_behind_the_commit_leaves_the_sequence_at_the_gate() -> None:
+    """The prefill worker was told of an abort before it heard of the commit."""
+    decode = Decode()
+    handed_over(decode)
+    assert decode.prefill(TransferCancel("r/0")) == []
+    assert decode.report().num_waiting == 1
+    decode(GrammarReady(DIGITS))
+    [chunk] = decode(StepWanted())[0].plan.chunks
+    assert chunk.seq_id == "r/0"
+    decode(StepRaised("the end of the step"))
+    decode.idle()
+
+
 def test_a_transfer_that_is_denied_asks_for_no_grammar() -> None:
     decode = Decode(num_blocks=1)
     answers = decode.reserve(msgspec.structs.replace(constrained(), prompt_ids=tuple(range(8))))
