@@ -33,13 +33,15 @@ class Unavailable(Exception):
 class PeerEnvironment:
     """package, version: what decides whether an environment is the right one.
 
-    unwanted: packages that come with it and break it.
+    unwanted: packages that come with it and break it. bare: further ones, each with its version,
+    that are installed without what they ask for.
     """
 
     name: str
     package: str
     version: str
     unwanted: tuple[str, ...] = ()
+    bare: tuple[tuple[str, str], ...] = ()
 
 
 async def python_of(
@@ -69,6 +71,9 @@ async def python_of(
     if environment.unwanted:
         said = "nothing of " + ", ".join(environment.unwanted)
         steps.append((said, [*pip, "uninstall", "-q", "-y", *environment.unwanted]))
+    if environment.bare:
+        bare = [f"{package}=={version}" for package, version in environment.bare]
+        steps.append((", ".join(bare), [*pip, "install", "-q", "--no-deps", *bare]))
     for number, (what, command) in enumerate(steps):
         tell(f"{environment.name}: [{number + 1}/{len(steps)}] installing {what}")
         if await _run(command, log) != 0:
@@ -112,9 +117,10 @@ def _unpacked(name: str, folder: Path) -> Path | None:
 
 
 async def _has(python: Path, environment: PeerEnvironment) -> bool:
+    wanted = {environment.package: environment.version, **dict(environment.bare)}
     code = (
         "from importlib.metadata import version; "
-        f"assert version({environment.package!r}) == {environment.version!r}; import torch"
+        f"assert all(version(k) == v for k, v in {wanted!r}.items()); import torch"
     )
     return await _run([str(python), "-c", code], None) == 0
 
