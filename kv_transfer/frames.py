@@ -213,6 +213,10 @@ class Coverage:
     def is_complete(self) -> bool:
         return self.covers(self._num_tokens)
 
+    def complete_from(self, num_tokens: int) -> int:
+        """From which position on the rows of the first ``num_tokens`` came for all layers."""
+        return min(max(self._begun), num_tokens)
+
     def covers(self, num_tokens: int) -> bool:
         """Whether all is there that tokens behind the first ``num_tokens`` look at."""
         needed = self._framing.needed_from(num_tokens)

@@ -101,6 +101,8 @@ class Arrived:
     """That brought the last frame."""
     num_tokens: int = 0
     """Of the request's, those whose KV came; the rest is to be computed here."""
+    complete_from: int = 0
+    """Of those, the first whose rows came for all layers, and not only for some."""
     num_raw_bytes: int = 0
     """What ``num_bytes`` stand for."""
     codecs: dict[str, int] = field(default_factory=dict)

@@ -266,6 +266,7 @@ class Receiver:
                 num_frames=coverage.num_frames,
                 transport=incoming.transport,
                 num_tokens=end.num_tokens,
+                complete_from=coverage.complete_from(end.num_tokens),
                 num_raw_bytes=coverage.num_raw_bytes,
                 codecs=coverage.codecs,
                 exposed_s=end.lag_s + now - incoming.ended_at,
