@@ -30,6 +30,15 @@ def test_a_rank_has_its_heads_of_every_token_and_layer(
     assert bytes(join_heads(parts, LAYOUT)) == whole.tobytes()
 
 
+def test_ranks_beyond_the_heads_have_one_each() -> None:
+    """``Executor`` refuses them; the plan, and so this, does not."""
+    whole = np.arange(2 * 4 * 6, dtype=np.float16).reshape(1, 2, 1, 4, 6)
+    parts = split_heads(whole.tobytes(), 1, LAYOUT, 8)
+    for rank, part in enumerate(parts):
+        assert np.array_equal(np.frombuffer(part, np.float16), whole[..., rank // 2, :].reshape(-1))
+    assert bytes(join_heads(parts, LAYOUT)) == whole.tobytes()
+
+
 def test_a_payload_of_another_length_is_refused() -> None:
     with pytest.raises(InternalError, match="KV payload has 95 bytes; 96 expected"):
         split_heads(bytes(95), 1, LAYOUT, 2)
