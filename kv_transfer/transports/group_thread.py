@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 NAME = "kv-p2p"
 ABORT_DEADLINE_S = 10.0
+_turn = threading.Lock()
 
 
 class GroupThread:
@@ -112,7 +113,11 @@ def _abort(group: PairGroup) -> None:
     )
     alarm.name, alarm.daemon = f"{NAME}-alarm", True
     alarm.start()
+    # One at a time: both ends may be in one process. Behind one that hangs, none waits for ever.
+    has_turn = _turn.acquire(timeout=ABORT_DEADLINE_S)
     try:
         group.abort()
     finally:
+        if has_turn:
+            _turn.release()
         alarm.cancel()

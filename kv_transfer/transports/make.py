@@ -12,7 +12,10 @@ from kv_transfer.transports import in_process, shared_memory, zeromq
 from kv_transfer.transports.choose import AUTO, BEST_FIRST, FALLBACK
 from kv_transfer.transports.contract import KvReceiver, KvSender, LinkLost, OnPart
 from kv_transfer.transports.in_process import InProcessReceiver, InProcessSender
-from kv_transfer.transports.shared_memory import SharedMemoryReceiver, SharedMemorySender
+from kv_transfer.transports.shared_memory import (
+    shared_memory_receiver,
+    shared_memory_sender,
+)
 from kv_transfer.transports.torch_p2p import TorchReceiver, TorchSender
 from kv_transfer.transports.zeromq import ZeroMqReceiver, ZeroMqSender
 
@@ -23,7 +26,7 @@ def make_sender(kind: str, context: zmq.asyncio.Context, max_frame_bytes: int) -
         case in_process.KIND:
             return InProcessSender(max_frame_bytes)
         case shared_memory.KIND:
-            return SharedMemorySender(max_frame_bytes)
+            return shared_memory_sender(max_frame_bytes)
         case zeromq.TCP | zeromq.IPC:
             return ZeroMqSender(context, kind, max_frame_bytes)
         case "gloo" | "nccl":
@@ -37,7 +40,7 @@ def make_receiver(kind: str, context: zmq.asyncio.Context, on_part: OnPart) -> K
         case in_process.KIND:
             return InProcessReceiver(on_part)
         case shared_memory.KIND:
-            return SharedMemoryReceiver(on_part)
+            return shared_memory_receiver(on_part)
         case zeromq.TCP | zeromq.IPC:
             return ZeroMqReceiver(context, kind, on_part)
         case "gloo" | "nccl":

@@ -176,11 +176,20 @@ class Holdings:
         )
 
 
+_warm: set[str] = set()
+
+
 async def warm_up() -> None:
-    """pyzmq opens, once, a context of its own when it first sends without a copy."""
-    async with linked("zeromq") as (ends, sender):
-        await put(sender, b"warm", b"x" * FRAME_BYTES)
-        await ends.end(sender)
+    """Once in a process: pyzmq opens a context of its own when it first sends without a copy,
+    and torch two descriptors with its first group."""
+    for kind in {"zeromq", "gloo"} - _warm:
+        async with linked(kind) as (ends, sender):
+            await put(sender, b"warm", b"x" * FRAME_BYTES)
+            await ends.end(sender)
+        await until(
+            lambda: not any("kv-p2p" in t.name for t in threading.enumerate()), "its threads ended"
+        )
+        _warm.add(kind)
 
 
 @contextlib.asynccontextmanager

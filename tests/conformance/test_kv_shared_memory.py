@@ -11,9 +11,10 @@ import struct
 
 import pytest
 
-from kv_transfer.transports import shared_memory
+from kv_transfer.transports import slots
 from kv_transfer.transports.contract import LinkLost
-from kv_transfer.transports.shared_memory import _HELLO, _MAGIC, _PART, SharedMemoryReceiver
+from kv_transfer.transports.shared_memory import HELLO, MAGIC
+from kv_transfer.transports.slots import PART, SlotReceiver
 from tests.conformance.kv_ends import (
     FRAME_BYTES,
     Holdings,
@@ -59,7 +60,7 @@ async def answer(sock: socket.socket) -> bytes:
 
 
 def good_hello(num_slots: int = 4, slot_bytes: int = SLOT_BYTES) -> bytes:
-    return _HELLO.pack(_MAGIC, num_slots, 0, slot_bytes)
+    return HELLO.pack(MAGIC, num_slots, 0, slot_bytes)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +95,12 @@ async def test_a_stranger_is_hung_up_on_at_its_hello(hello: bytes, fds: object) 
 @pytest.mark.parametrize(
     "record",
     [
-        _PART.pack(0, 4, 1),  # No such slot.
-        _PART.pack(0, -2, 1),
-        _PART.pack(0, 0, SLOT_BYTES + 1),
-        _PART.pack(0, 0, 2**63),
-        _PART.pack(2**32 - 1, 0, 1),  # A head without end.
-        _PART.pack(0, -1, 1),  # A payload in no slot.
+        PART.pack(0, 4, 1),  # No such slot.
+        PART.pack(0, -2, 1),
+        PART.pack(0, 0, SLOT_BYTES + 1),
+        PART.pack(0, 0, 2**63),
+        PART.pack(2**32 - 1, 0, 1),  # A head without end.
+        PART.pack(0, -1, 1),  # A payload in no slot.
     ],
 )
 async def test_a_stranger_is_hung_up_on_at_a_broken_record(record: bytes) -> None:
@@ -116,7 +117,7 @@ async def test_a_stranger_is_hung_up_on_at_a_broken_record(record: bytes) -> Non
 
 
 async def test_one_who_says_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "CONNECT_DEADLINE_S", 0.2)
+    monkeypatch.setattr(slots, "CONNECT_DEADLINE_S", 0.2)
     async with nothing_left(), linked(KIND) as (ends, sender):
         silent = socket.socket(socket.AF_UNIX)
         silent.connect(f"\0{ends.offer.address}")
@@ -136,7 +137,7 @@ async def test_another_users_process_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_more_peers_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "MAX_PEERS", 2)
+    monkeypatch.setattr(slots, "MAX_PEERS", 2)
     async with nothing_left(), linked(KIND) as (ends, first):
         second = await ends.connect()
         with pytest.raises(LinkLost):
@@ -149,7 +150,7 @@ async def test_more_peers_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch
 
 
 def _peers(receiver: object) -> int:
-    assert isinstance(receiver, SharedMemoryReceiver)
+    assert isinstance(receiver, SlotReceiver)
     return receiver.num_peers
 
 

@@ -87,7 +87,7 @@ async def test_auto_takes_the_nearest_way_there_is() -> None:
         assert kinds == ["in_process", "shared_memory", "zeromq", "zeromq", "zeromq"]
         assert ways[0][1] == "both ends are in one process"
         assert ways[1][1] == "same host: the peer answered on a socket of this kernel"
-        assert ways[2][1].startswith("no shared memory with baton-kv-of-another-host: ")
+        assert ways[2][1].startswith("no shared_memory with baton-kv-of-another-host: ")
         assert ways[2][1].endswith("; nothing nearer reaches the peer")
         assert ways[3][1] == "nothing nearer reaches the peer"
 
@@ -113,7 +113,7 @@ async def test_a_forced_transport_carries_every_byte(kind: str) -> None:
             "no KV link to d-0 by shared_memory: it offers zeromq; "
             "set kv_transfer.transport to auto or to zeromq",
         ),
-        ("shared_memory", (GONE,), "no KV link to d-0 by shared_memory: no shared memory with"),
+        ("shared_memory", (GONE,), "no KV link to d-0 by shared_memory: no shared_memory with"),
         ("zeromq", (), "no KV link to d-0 by zeromq: it offers nothing"),
         ("auto", (), "no KV link to d-0 by auto: it offers nothing"),
         ("auto", (KvOffer("zeromq", "nonsense"),), "'nonsense' is no address to connect to"),
