@@ -21,6 +21,7 @@ from baton.protocol.lifecycle import SEND_TRANSITIONS, Machine, SendEvent, SendS
 from baton.protocol.messages import (
     Denied,
     Granted,
+    KvProgress,
     LeaseRenew,
     RequestBody,
     Reserve,
@@ -41,6 +42,7 @@ from kv_transfer.instructions import (
     SendInstruction,
     ToDecode,
 )
+from kv_transfer.overlap import PushRate, parts_of
 
 RENEWALS_PER_LEASE = 3
 EXACT_ALONE: Mapping[str, Quality] = {RAW: Quality.EXACT}
@@ -87,12 +89,17 @@ class Sender:
         self._config = config
         self._codecs = codecs
         self._open: dict[str, _Outgoing] = {}
+        self._rates: dict[WorkerRef, PushRate] = {}
         self._renew_at = 0.0
         self.num_parked = 0
 
     @property
     def num_open(self) -> int:
         return len(self._open)
+
+    @property
+    def num_layers(self) -> int:
+        return self._layout.num_layers
 
     def __contains__(self, transfer_id: str) -> bool:
         return transfer_id in self._open
@@ -144,6 +151,27 @@ class Sender:
             out.computed[layer] = max(out.computed[layer], num_computed)
         return self._push(transfer_id, out, now)
 
+    def parts(self, transfer_id: str, num_tokens: int, compute_s: float, *, is_last: bool) -> int:
+        """In how many parts of layers a chunk of its prompt is best sent, that a step of
+        ``compute_s`` computes. is_last: what follows it waits for it."""
+        out = self._open[transfer_id]
+        rate = self._rates.get(out.decode)
+        if rate is None or not rate.bytes_per_s or not compute_s:
+            return 1
+        link_s = num_tokens * self._layout.bytes_per_token / rate.bytes_per_s
+        if not is_last and (link_s < compute_s or rate.backlog_s > 0):
+            # The next step hides it, or the link has enough to do.
+            return 1
+        return parts_of(self._layout.num_layers, compute_s, link_s, backlog_s=rate.backlog_s)
+
+    def progressed(self, message: KvProgress, now: float) -> None:
+        out = self._open.get(message.transfer_id)
+        if out is not None and out.epoch == message.epoch:
+            self._rate(out).written(message.transfer_id, message.num_frames, now)
+
+    def _rate(self, out: _Outgoing) -> PushRate:
+        return self._rates.setdefault(out.decode, PushRate())
+
     def prefill_done(
         self, transfer_id: str, token_ids: tuple[int, ...], now: float
     ) -> list[SendInstruction]:
@@ -188,6 +216,7 @@ class Sender:
         out.machine.move(SendEvent.NACKED, now)
         out.epoch = message.epoch
         out.num_frames = 0
+        self._rate(out).closed(message.transfer_id)
         out.sent = [0] * len(out.sent)
         return [CancelPush(message.transfer_id), *self._push(message.transfer_id, out, now)]
 
@@ -205,6 +234,7 @@ class Sender:
         out = self._open.get(message.transfer_id)
         if out is None or out.epoch != message.epoch or not out.machine.allows(SendEvent.ACK):
             return []
+        self._rate(out).written(message.transfer_id, out.num_frames, now)
         return self._close(message.transfer_id, SendEvent.ACK, now, SendClosed(message.transfer_id))
 
     def denied(self, message: Denied, now: float) -> list[SendInstruction]:
@@ -223,13 +253,15 @@ class Sender:
     def refused(self, decode: WorkerRef, reason: str, now: float) -> list[SendInstruction]:
         """That decode worker refused our hello: nothing will ever be sent to it."""
         doomed = [t for t, out in self._open.items() if out.decode == decode]
-        return [
+        instructions = [
             instruction
             for transfer_id in doomed
             for instruction in self.denied(
                 Denied(transfer_id, "incompatible_peer", reason, True), now
             )
         ]
+        self._rates.pop(decode, None)
+        return instructions
 
     def cancel(self, transfer_id: str, now: float) -> list[SendInstruction]:
         """Idempotent. No SendClosed comes of it: the caller knows."""
@@ -265,7 +297,7 @@ class Sender:
     def _push(self, transfer_id: str, out: _Outgoing, now: float) -> list[SendInstruction]:
         if out.machine.state not in (SendState.STREAMING, SendState.FLUSHING):
             return []
-        instructions: list[SendInstruction] = [*self._rows(transfer_id, out)]
+        instructions: list[SendInstruction] = [*self._rows(transfer_id, out, now)]
         if out.machine.state is SendState.FLUSHING:
             end = TransferEnd(
                 transfer_id,
@@ -280,7 +312,7 @@ class Sender:
             instructions.append(PushEnd(out.decode, end, out.prefilled_at))
         return instructions
 
-    def _rows(self, transfer_id: str, out: _Outgoing) -> Iterator[PushKv]:
+    def _rows(self, transfer_id: str, out: _Outgoing, now: float) -> Iterator[PushKv]:
         """What is final and not sent, as rectangles: neighbouring layers at one place."""
         framing = self._framings[out.version]
         places = list(zip(out.sent, out.computed, strict=True))
@@ -297,8 +329,9 @@ class Sender:
                 num_tokens_total=out.num_tokens,
                 layers=layers,
             )
-            num_frames = sum(1 for _ in cuts)
-            if num_frames:
+            sizes = [framing.num_bytes(cut) for cut in cuts]
+            if sizes:
+                self._rate(out).pushed(transfer_id, out.num_frames, sizes, now)
                 yield PushKv(
                     out.decode,
                     transfer_id,
@@ -312,7 +345,7 @@ class Sender:
                     out.version,
                     out.codecs,
                 )
-            out.num_frames += num_frames
+            out.num_frames += len(sizes)
         out.sent = list(out.computed)
 
     def _close(
@@ -322,6 +355,7 @@ class Sender:
         holds_blocks = out.machine.state in (SendState.PARKED, SendState.FLUSHING)
         out.machine.move(event, now)
         del self._open[transfer_id]
+        self._rate(out).closed(transfer_id)
         if holds_blocks:
             self._pool.release(out.owner, out.block_table)
         cancel: list[SendInstruction] = [CancelPush(transfer_id)]

@@ -14,6 +14,7 @@ from baton.protocol.messages import (
     Denied,
     Dispatch,
     Granted,
+    KvProgress,
     LoadReport,
     RequestBody,
     TransferAck,
@@ -26,6 +27,7 @@ from baton.worker.events import (
     FromPeer,
     GrammarFailed,
     GrammarReady,
+    LayersDone,
     RunStep,
     ShellFacts,
     StepDone,
@@ -38,6 +40,7 @@ from baton.worker.load import load_report
 from kv_transfer.instructions import SendClosed, SendInstruction
 from kv_transfer.sender import Sender, owner_name
 from prefill_worker.jobs import PrefillJob
+from prefill_worker.layers import StepRows
 
 ROLE = "prefill"
 MAX_JOBS = 8_192
@@ -68,7 +71,10 @@ class PrefillDecider:
         scheduler: Scheduler,
         sender: Sender,
         vocab_size: int,
+        *,
+        is_layer_wise: bool = True,
     ) -> None:
+        """is_layer_wise: see ``StepRows``."""
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._pool = pool
@@ -78,6 +84,7 @@ class PrefillDecider:
         self._desk = RouterDesk(worker_id, incarnation, ROLE, self._holds)
         self._jobs: Jobs[PrefillJob] = Jobs(scheduler)
         self._plan: StepPlan | None = None
+        self._rows = StepRows(sender, is_layer_wise=is_layer_wise)
 
     @property
     def has_step_in_flight(self) -> bool:
@@ -102,8 +109,11 @@ class PrefillDecider:
                 return self._step(now)
             case StepDone(result):
                 assert self._plan is not None
+                self._rows.ran(self._plan, result.compute_seconds)
                 failed = [i for f in result.failed for i in self._cannot_go_on(f, now)]
                 return [*failed, *self._book(self._plan, self._scheduler.complete(result), now)]
+            case LayersDone(step, num_layers):
+                return self._layers_done(step, num_layers, now)
             case StepRaised():
                 return self._step_raised(event, now)
             case GrammarReady(constraint, compiled):
@@ -131,6 +141,9 @@ class PrefillDecider:
         match message:
             case Granted():
                 return self._sent(sender.granted(message, decode, now), now)
+            case KvProgress():
+                sender.progressed(message, now)
+                return []
             case Denied():
                 return self._sent(sender.denied(message, now), now)
             case TransferAck():
@@ -181,11 +194,18 @@ class PrefillDecider:
         if plan is None:
             return []
         self._plan = plan
-        instructions: list[object] = [RunStep(plan)]
+        instructions: list[object] = []
         for seq_id, job in self._jobs.begin(plan, now):
             if job.goes_on:
                 instructions += self._sender.begin(seq_id, job.decode, job.handed_on(now), now)
-        return instructions
+        instructions += self._sent(self._rows.begun(plan, now), now)
+        return [RunStep(plan, self._rows.marks(plan)), *instructions]
+
+    def _layers_done(self, step: int, num_layers: int, now: float) -> list[object]:
+        plan = self._plan
+        if plan is None or plan.step != step or not self.has_step_in_flight:
+            return []
+        return self._sent(self._rows.layers_done(plan, num_layers, now), now)
 
     def _book(self, plan: StepPlan, news: list[NewToken], now: float) -> list[object]:
         instructions: list[object] = []
@@ -195,13 +215,7 @@ class PrefillDecider:
             if new is not None:
                 instructions += self._first_token(new, now)
             elif chunk.seq_id in self._sender:
-                # Less than the chunk's tokens while these are on their way through the layers.
-                sequence = self._scheduler.get(chunk.seq_id)
-                assert sequence is not None
-                done = sequence.num_computed
-                instructions += self._sent(
-                    self._sender.computed(chunk.seq_id, chunk.block_table, done, now), now
-                )
+                instructions += self._sent(self._rows.chunk_done(chunk, now), now)
         return [*self._desk.flush(), *instructions]
 
     def _first_token(self, new: NewToken, now: float) -> list[object]:

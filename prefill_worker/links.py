@@ -160,8 +160,7 @@ class DecodeLinks:
             connection = self._connections.get(decode)
             if connection is not None:
                 connection.pusher.progressed(message)
-        else:
-            self._on_message(decode, message)
+        self._on_message(decode, message)
 
     def _greeted(self, decode: WorkerRef, reply: HelloReply) -> None:
         connection = self._connections.get(decode)

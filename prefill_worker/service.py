@@ -50,7 +50,14 @@ class PrefillService:
         codecs = self._coding.qualities(codecs_of(spec.kv_transfer))
         sender = Sender(pool, executor.layout, spec.kv_transfer, codecs)
         self.decider = PrefillDecider(
-            spec.worker_id, incarnation, pool, scheduler, sender, executor.spec.vocab_size
+            spec.worker_id,
+            incarnation,
+            pool,
+            scheduler,
+            sender,
+            executor.spec.vocab_size,
+            # With several ranks KV is gathered from all of them, when they are done with a step.
+            is_layer_wise=not executor.rank_fds,
         )
         self._context = zmq.asyncio.Context()
         self._shell = WorkerShell(

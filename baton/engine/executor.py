@@ -7,7 +7,7 @@ when, was decided before a plan arrives here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,9 @@ from baton.checkpoint.spec import ModelSpec, load_spec
 from baton.engine.cuda_graphs import CudaRecorder, DecodeGraphs
 from baton.engine.kv_cache import Bytes, KvCache
 from baton.engine.layer_groups import LayerGroups, split_chunks
+from baton.engine.layer_marks import CopyStream, LayerMarks
 from baton.engine.models.backends import backend_for
-from baton.engine.models.decoder import Decoder
+from baton.engine.models.decoder import Decoder, OnLayer
 from baton.engine.models.model import assemble
 from baton.engine.parallel.group import ALONE, Group
 from baton.engine.parallel.kv import join_heads, split_heads
@@ -70,6 +71,8 @@ class Executor:
         self._masks = GrammarMasks(grammars)
         self.layout = layout
         self._ranks = ranks
+        self._device = device
+        self._copies = CopyStream(device)
         self._decoder = decoder
         self._graphs = graphs
         self._cache = cache
@@ -234,8 +237,17 @@ class Executor:
             self._ranks.close()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(
+        self,
+        plan: StepPlan,
+        layer_marks: Collection[int] = (),
+        on_layers: Callable[[int], None] | None = None,
+    ) -> StepResult:
         """One forward step. Running the same plan again gives the same state and result.
+
+        layer_marks: numbers of layers (``step_layers``); on_layers is called with each once the
+        K and V of so many leading layers can be read, for chunks that run through all layers.
+        From this thread or another, before this returns; not for a step that is replayed.
 
         A sequence whose logits are not finite fails alone. Raises InternalError for a plan that
         cannot be run; where one sequence is to blame, the error names it (``request_id``).
@@ -245,7 +257,10 @@ class Executor:
         self._masks.forget(plan.gone)
         sampling = [c for c in plan.chunks if c.samples]
         scorer = PromptScorer(plan.chunks)
-        logits, (out_seconds, in_seconds) = self._run(plan, scorer.add)
+        marks = LayerMarks(layer_marks, on_layers, self._device)
+        logits, (out_seconds, in_seconds) = self._run(plan, scorer.add, marks.on_layer)
+        self._copies.step_given()
+        marks.flush()
         prompt_logprobs, failed = scorer.parts()
         sampled, undrawn = self._sample(logits, sampling) if sampling else ((), ())
         unscored = {f.seq_id for f in failed}
@@ -276,8 +291,10 @@ class Executor:
         """
         place = (block_table, start, num_tokens, layer_start, num_layers)
         if self._ranks is None:
-            return self._cache.read(*place, out)
-        own = self._cache.read(*place)
+            with self._copies.reading():
+                return self._cache.read(*place, out)
+        with self._copies.reading():
+            own = self._cache.read(*place)
         asked = ReadKv(self._ranks.range(*place))
         whole = join_heads([own, *self._ranks.ask([asked] * (self._ranks.size - 1))], self.layout)
         if out is None:
@@ -305,7 +322,10 @@ class Executor:
         self._ranks.ask([WriteKv(place, part) for part in others])
 
     def _run(
-        self, plan: StepPlan, score: Callable[[Tensor], None] | None = None
+        self,
+        plan: StepPlan,
+        score: Callable[[Tensor], None] | None = None,
+        on_layer: OnLayer | None = None,
     ) -> tuple[Tensor, tuple[float, float]]:
         """Logits of the chunks that sample, and the seconds of the copies (out, in)."""
         whole, grouped = split_chunks(plan)
@@ -318,7 +338,7 @@ class Executor:
         with nullcontext() if self._ranks is None else self._ranks.step(plan):
             seconds = self._copy(plan)
             logits = [
-                self._forward(inputs, score)
+                self._forward(inputs, score, on_layer)
                 if chunks is whole
                 else self._layer_groups.forward(chunks, inputs, score)
                 for chunks, inputs in parts
@@ -335,11 +355,16 @@ class Executor:
             raise InternalError(f"step {plan.step} swaps, and this engine has no swap_blocks")
         return self._swap_space.copy(plan.swap_out, plan.swap_in)
 
-    def _forward(self, inputs: StepInputs, score: Callable[[Tensor], None] | None) -> Tensor:
+    def _forward(
+        self,
+        inputs: StepInputs,
+        score: Callable[[Tensor], None] | None,
+        on_layer: OnLayer | None,
+    ) -> Tensor:
         replayed = None if self._graphs is None else self._graphs.logits(inputs)
         if replayed is not None:
             return replayed
-        return self._decoder.forward(inputs, self._cache, score)
+        return self._decoder.forward(inputs, self._cache, score, on_layer)
 
     def _sample(
         self, logits: Tensor, chunks: Sequence[SequenceChunk]

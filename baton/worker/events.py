@@ -31,6 +31,14 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class LayersDone:
+    """While a step runs: K and V of its first layers are there, for chunks of all layers."""
+
+    step: int
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepRaised:
     """``seq_id``: the sequence to blame, where the error names one."""
 
@@ -64,7 +72,10 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
+    """layer_marks: numbers of leading layers after which LayersDone is wanted."""
+
     plan: StepPlan
+    layer_marks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

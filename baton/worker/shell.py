@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from baton.worker.events import (
     Decider,
     ForgetGrammar,
     FromPeer,
+    LayersDone,
     RunStep,
     ShellFacts,
     StepDone,
@@ -41,7 +42,12 @@ TICK_S = 0.2
 
 
 class Engine(Protocol):
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def execute(
+        self,
+        plan: StepPlan,
+        layer_marks: Collection[int] = (),
+        on_layers: Callable[[int], None] | None = None,
+    ) -> StepResult: ...
 
 
 class WorkerShell:
@@ -69,7 +75,7 @@ class WorkerShell:
         self._server = MessageServer(context, describe, self._on_message)
         self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._grammars = GrammarCompiler(grammars, self.feed)
-        self._plans: asyncio.Queue[StepPlan] = asyncio.Queue(1)
+        self._steps: asyncio.Queue[RunStep] = asyncio.Queue(1)
         self._step_is_wanted = False
 
     @property
@@ -103,8 +109,8 @@ class WorkerShell:
                     self._grammars.request(constraint)
                 case ForgetGrammar(constraint):
                     self._grammars.forget(constraint)
-                case RunStep(plan):
-                    self._plans.put_nowait(plan)
+                case RunStep():
+                    self._steps.put_nowait(instruction)
                 case _:
                     self._perform(instruction)
 
@@ -119,9 +125,10 @@ class WorkerShell:
     async def _run_steps(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            plan = await self._plans.get()
+            step = await self._steps.get()
+            plan = step.plan
             try:
-                result = await loop.run_in_executor(self._engine_thread, self._engine.execute, plan)
+                result = await loop.run_in_executor(self._engine_thread, self._run, step, loop)
             except RankLost:
                 # No further step can run either: the worker ends, and counts as lost.
                 raise
@@ -130,6 +137,17 @@ class WorkerShell:
                 self.feed(_raised(plan, exc))
             else:
                 self.feed(StepDone(result))
+
+    def _run(self, step: RunStep, loop: asyncio.AbstractEventLoop) -> StepResult:
+        """In the engine thread."""
+        plan = step.plan
+        if not step.layer_marks:
+            return self._engine.execute(plan)
+
+        def tell(num_layers: int) -> None:
+            loop.call_soon_threadsafe(self.feed, LayersDone(plan.step, num_layers))
+
+        return self._engine.execute(plan, step.layer_marks, tell)
 
     async def _tick(self) -> None:
         while True:

@@ -16,6 +16,8 @@ from baton.engine.parallel.group import ALONE, Group
 from baton.engine.rope import Rotary, Rotation
 from baton.engine.step_inputs import StepInputs
 
+OnLayer = Callable[[int], None]
+
 SCORED_ROWS_AT_ONCE = 128
 """So that the logits of a prompt with log-probabilities stay small beside the model."""
 
@@ -43,7 +45,11 @@ class Decoder:
         return self._backend.shares_prefixes
 
     def forward(
-        self, inputs: StepInputs, cache: KvCache, score: Callable[[Tensor], None] | None = None
+        self,
+        inputs: StepInputs,
+        cache: KvCache,
+        score: Callable[[Tensor], None] | None = None,
+        on_layer: OnLayer | None = None,
     ) -> Tensor:
         """Logits ``[S, vocab]`` float32 of ``inputs.sample_rows``; K and V of all rows are stored.
 
@@ -52,20 +58,28 @@ class Decoder:
         their part of the same rows.
         """
         hidden = self.embed(inputs)
-        hidden = self.run_layers(hidden, inputs, cache, range(len(self._model.layers)))
+        hidden = self.run_layers(hidden, inputs, cache, range(len(self._model.layers)), on_layer)
         return self.logits(hidden, inputs, score)
 
     def embed(self, inputs: StepInputs) -> Tensor:
         return self._embed(inputs.token_ids)
 
     def run_layers(
-        self, hidden: Tensor, inputs: StepInputs, cache: KvCache, layers: range
+        self,
+        hidden: Tensor,
+        inputs: StepInputs,
+        cache: KvCache,
+        layers: range,
+        on_layer: OnLayer | None = None,
     ) -> Tensor:
-        """``hidden`` ``[T, h]`` behind ``layers``; their K and V are stored."""
+        """``hidden`` ``[T, h]`` behind ``layers``; their K and V are stored, or will be once the
+        device has done what it was given. on_layer: told of each layer as its K and V are."""
         turns = self._rotary.rotations(inputs.positions)
         for number in layers:
             layer = self._model.layers[number]
             hidden = self._attention(hidden, layer, number, turns[number], inputs, cache)
+            if on_layer is not None:
+                on_layer(number)
             hidden = self._mlp(hidden, layer)
         return hidden
 

@@ -164,6 +164,26 @@ def test_a_sequence_continues_elsewhere(folder: Path, dtype: str) -> None:
     assert torch.equal(here, there)
 
 
+def test_layers_are_told_of_once_their_kv_can_be_read(folder: Path) -> None:
+    """Beside a chunk of one group of layers, of which nothing is told."""
+    executor = load(folder)
+    num_layers = executor.spec.num_layers
+    table, told = (9, 3, 4), {}
+
+    def tell(count: int) -> None:
+        told[count] = bytes(executor.read_kv(table, 0, 20, 0, count))
+
+    grouped = replace(chunk(PROMPT[:16], 0, (1, 2), samples=False), num_layers=1)
+    plan = StepPlan(0, (chunk(PROMPT[:20], 0, table), grouped))
+    executor.execute(plan, range(1, num_layers + 1), tell)
+    assert list(told) == list(range(1, num_layers + 1))
+    for count, payload in told.items():
+        assert payload == bytes(executor.read_kv(table, 0, 20, 0, count))
+    marked: list[int] = []
+    executor.execute(plan, (2,), marked.append)
+    assert marked == [2]
+
+
 def test_lower_precision_stays_near(llama: Path) -> None:
     exact = one_shot(llama, PROMPT[:60])
     plan = StepPlan(0, (chunk(PROMPT[:60], 0, tuple(range(8))),))

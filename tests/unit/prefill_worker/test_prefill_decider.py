@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -12,6 +13,7 @@ from baton.protocol.messages import (
     Dispatch,
     Granted,
     HopTimes,
+    KvProgress,
     LeaseRenew,
     RequestBody,
     Reserve,
@@ -24,6 +26,7 @@ from baton.protocol.messages import (
     WorkerRef,
 )
 from baton.worker.events import (
+    LayersDone,
     RunStep,
     StepDone,
     StepRaised,
@@ -63,8 +66,15 @@ def parked(prefill: Prefill, request: RequestBody) -> None:
     prefill.step()
 
 
-def push(first: int, table: tuple[int, ...], start: int, count: int) -> PushKv:
-    return PushKv(DECODE, T, 7, first, table, start, count, 20, range(3), codecs=(RAW,))
+def push(
+    first: int,
+    table: tuple[int, ...],
+    start: int,
+    count: int,
+    total: int = 20,
+    layers: range = range(3),
+) -> PushKv:
+    return PushKv(DECODE, T, 7, first, table, start, count, total, layers, codecs=(RAW,))
 
 
 def test_the_first_token_goes_to_the_router_and_the_kv_to_the_decode_worker() -> None:
@@ -305,15 +315,88 @@ def test_tenants_are_kept_apart() -> None:
     prefill.idle()
 
 
-def test_a_prompt_on_its_way_through_the_layers_is_not_sent_yet() -> None:
+def places(instructions: list[Any]) -> list[tuple[range, int, int]]:
+    """(layers, first token, number of tokens) of each push."""
+    pushes = [i for i in instructions if isinstance(i, PushKv)]
+    return [(p.layers, p.token_start, p.num_tokens) for p in pushes]
+
+
+def test_a_prompt_on_its_way_through_the_layers_is_sent_group_by_group() -> None:
     prefill = Prefill(prefill_mode="layered", max_num_batched_tokens=16)
     prefill.tell(dispatch(body("r", 40)))
-    for layer in range(2):
-        [run, *_] = first = prefill.step()
+    for layer in range(3):
+        [run, *_] = stepped = prefill.step()
         assert [(c.layer_start, c.num_layers) for c in run.plan.chunks] == [(layer, 1)]
-        assert not any(isinstance(i, PushKv) for i in first)
-        assert prefill.answer(Granted(T, 3, 10.0)) == []
-    pushes = [i for i in prefill.step() if isinstance(i, PushKv)]
-    assert [(p.token_start, p.num_tokens) for p in pushes] == [(0, 40)]
+        sent = places([*stepped, *prefill.answer(Granted(T, 3, 10.0))])
+        assert sent == [(range(layer, layer + 1), 0, 40)]
     prefill.answer(TransferAck(T, 3))
     prefill.idle()
+
+
+def streaming(num_tokens: int, bytes_per_s: float) -> Prefill:
+    """Its first step, of 16 tokens, took a second; KV moves at that rate."""
+    prefill = Prefill(num_blocks=32)
+    prefill.tell(dispatch(body("r", num_tokens)), 0.0)
+    prefill(StepWanted(), 0.0)
+    prefill.answer(Granted(T, 7, 10.0), 0.0)
+    assert places(prefill(StepDone(StepResult(1, (), 1.0)), 1.0)) == [(range(3), 0, 16)]
+    size = 16 * LAYOUT.bytes_per_token
+    prefill.answer(KvProgress(T, 7, 1, size, 0.0), 1.0 + size / bytes_per_s)
+    return prefill
+
+
+def test_the_last_chunk_goes_layer_after_layer_where_the_link_is_slow() -> None:
+    rate = 8 * LAYOUT.bytes_per_token
+    prefill = streaming(32, bytes_per_s=rate)
+    [run, *others] = prefill(StepWanted(), 3.0)
+    assert run.layer_marks == (1, 2)
+    assert others == []
+    table = run.plan.chunks[0].block_table
+    first = [push(1, table, 16, 16, total=32, layers=range(1))]
+    assert prefill(LayersDone(2, 1), 3.3) == first
+    assert places(prefill(LayersDone(2, 2), 3.6)) == [(range(1, 2), 16, 16)]
+    result = StepResult(2, (SampledToken(T, 42),), 1.0)
+    assert places(prefill(StepDone(result), 4.0)) == [(range(2, 3), 16, 16)]
+    prefill.answer(TransferAck(T, 7), 5.0)
+    prefill.tell(ack(1), 5.0)
+    prefill.idle()
+
+
+def test_what_a_fast_link_moves_in_no_time_goes_whole() -> None:
+    prefill = streaming(32, bytes_per_s=1e6 * LAYOUT.bytes_per_token)
+    [run, *_] = prefill(StepWanted(), 3.0)
+    assert run.layer_marks == ()
+
+
+def test_a_chunk_that_the_next_step_hides_goes_whole() -> None:
+    prefill = streaming(48, bytes_per_s=20 * LAYOUT.bytes_per_token)
+    [run, *_] = prefill(StepWanted(), 3.0)
+    assert run.layer_marks == ()
+
+
+def test_layers_of_a_step_that_is_over_or_of_a_prompt_that_is_gone_are_nothing() -> None:
+    prefill = streaming(32, bytes_per_s=8 * LAYOUT.bytes_per_token)
+    assert prefill(LayersDone(1, 1), 3.0) == []
+    prefill(StepWanted(), 3.0)
+    prefill.tell(Abort("r", 0), 3.1)
+    assert prefill(LayersDone(2, 1), 3.2) == []
+    prefill(StepDone(StepResult(2, (SampledToken(T, 42),), 1.0)), 4.0)
+    prefill.idle()
+
+
+def test_layers_are_told_of_only_where_they_can_be_read() -> None:
+    prefill = streaming(32, bytes_per_s=8 * LAYOUT.bytes_per_token)
+    prefill.decider._rows._is_layer_wise = False
+    [run, *_] = prefill(StepWanted(), 3.0)
+    assert run.layer_marks == ()
+
+
+def test_a_cached_prefix_goes_while_the_rest_is_computed() -> None:
+    prefill = Prefill()
+    prefill.tell(dispatch(body("a", 20, max_tokens=1)))
+    prefill.step()
+    prefill.step()
+    prefill.tell(dispatch(body("r", 20)))
+    [run, *_] = prefill(StepWanted(), 0.0)
+    assert run.plan.chunks[0].start == 16
+    assert places(prefill.answer(Granted(T, 7, 10.0))) == [(range(3), 0, 16)]
