@@ -41,6 +41,13 @@ def test_a_long_prompt_is_taken_in_over_several_steps() -> None:
     assert (len(lookup), lookup.num_seen) == (90, 90)
 
 
+def test_what_one_takes_in_is_not_left_for_the_next() -> None:
+    of_all = Lookups()
+    both = [sequence("first", 90), sequence("second", 90)]
+    assert steps(of_all, *both, count=1) == [None, None]
+    assert of_all.num_tokens == 40 + MIN_TOKENS_PER_STEP
+
+
 def test_whoever_is_nearly_there_need_not_wait_for_others() -> None:
     of_all, long, short = Lookups(), sequence("long", 90), sequence("short", 10)
     assert [f is not None for f in steps(of_all, long, short, count=1)] == [False, True]
