@@ -422,6 +422,7 @@ def state_of(scheduler: Scheduler) -> object:
         ],
         scheduler._waiting.ids(),
         scheduler._waiting.parked_at(),
+        scheduler._here.gone,
         (pool._blank, [*pool._kept], pool._key_of, pool._holders),
     )
 
