@@ -1,4 +1,4 @@
-"""Compile every Triton kernel of the engine for a GPU that need not be here.
+"""Compile every Triton kernel, the engine's and the KV codecs', for a GPU that need not be here.
 
     python -m tools.compile_kernels            # to machine code: registers, spills, shared memory
     python -m tools.compile_kernels --front    # Triton's own checks only; a few seconds
@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from baton.engine.kernels.registry import TRITON
 from benchmarks.kernel_cases import CaseMaker, Sizes
+from tools.codec_kernel_cases import codec_variants
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_BYTES = 232_448
@@ -137,6 +138,7 @@ def variants() -> Iterator[str]:
         ):
             attention(dtype, group, dim, window, soft_cap)
             yield f"attention, {dtype}, group {group}, head_dim {dim}, {window=}, {soft_cap=}"
+    yield from codec_variants()
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ and the place in the table, so damage anywhere is found by some section's checks
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -86,18 +87,23 @@ def header_for(
     codec: str, geometry: KvGeometry, kv: Array, profile: bytes = NO_PROFILE
 ) -> StreamHeader:
     """Of a stream that holds ``kv``. An array of another model's shape is our bug."""
-    assert kv.ndim == 5, kv.shape
-    num_layers, _, num_tokens, num_kv_heads, head_dim = kv.shape
-    assert kv.shape[1] == 2, kv.shape
-    assert (num_kv_heads, head_dim) == (geometry.num_kv_heads, geometry.head_dim), kv.shape
     assert kv.dtype == array_dtype(geometry.dtype), (kv.dtype, geometry.dtype)
     assert kv.flags.c_contiguous
+    return header_of_shape(codec, geometry, kv.shape, profile)
+
+
+def header_of_shape(
+    codec: str, geometry: KvGeometry, shape: Sequence[int], profile: bytes = NO_PROFILE
+) -> StreamHeader:
+    num_layers, two, num_tokens, num_kv_heads, head_dim = shape
+    assert two == 2, shape
+    assert (num_kv_heads, head_dim) == (geometry.num_kv_heads, geometry.head_dim), shape
+    assert num_elements(shape) > 0, shape
+    assert 0 < num_layers < 1 << 16, shape
     header = StreamHeader(
         codec, geometry.dtype, num_layers, num_tokens, num_kv_heads, head_dim, profile
     )
-    assert num_elements(kv.shape) > 0, kv.shape
-    assert num_layers < 1 << 16, kv.shape
-    assert header.layer_bytes <= MAX_SECTION_BYTES, kv.shape
+    assert header.layer_bytes <= MAX_SECTION_BYTES, shape
     return header
 
 

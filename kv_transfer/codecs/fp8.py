@@ -22,12 +22,20 @@ from kv_transfer.codecs.container import (
     read_raw,
     read_sections,
 )
-from kv_transfer.codecs.contract import Array, Bytes, CodecError, KvGeometry, KvPart, Quality
+from kv_transfer.codecs.contract import (
+    Array,
+    Bytes,
+    CodecError,
+    KvGeometry,
+    KvPart,
+    Quality,
+    array_dtype,
+)
 from kv_transfer.codecs.float_forms import U8
-from kv_transfer.codecs.float_values import F32, is_tame, narrow_reference
+from kv_transfer.codecs.float_values import F32, is_tame, narrow_reference, widen_reference
 from kv_transfer.codecs.fp8_reference import DECODED
 
-_HEAD = struct.Struct("<hh")
+HEAD = struct.Struct("<hh")
 MAX_EXPONENT = 100
 
 
@@ -54,17 +62,16 @@ class Fp8Codec:
         writer = StreamWriter(header)
         for layer in kv:
             n = layer.size // 2
-            if _HEAD.size + 2 * n >= header.layer_bytes or not is_tame(layer, header.dtype):
+            if HEAD.size + 2 * n >= header.layer_bytes or not is_tame(layer, header.dtype):
                 writer.commit_raw(layer)
                 continue
             room, exponents = writer.room(), []
-            for run, begin in zip(layer, (_HEAD.size, _HEAD.size + n), strict=True):
+            for run, begin in zip(layer, (HEAD.size, HEAD.size + n), strict=True):
                 x = self._kernels.widen(run.reshape(-1), header.dtype)
-                exponents.append(_exponent(x))
-                scale = np.float32(2.0 ** -exponents[-1])
-                self._kernels.to_e4m3(x, scale, room[begin : begin + n])
-            _HEAD.pack_into(room.data, 0, *exponents)
-            writer.commit(_HEAD.size + 2 * n)
+                exponents.append(exponent_of(np.abs(x).max(), "float32"))
+                self._kernels.to_e4m3(x, scale_of(exponents[-1]), room[begin : begin + n])
+            HEAD.pack_into(room.data, 0, *exponents)
+            writer.commit(HEAD.size + 2 * n)
         return writer.finish()
 
     def decode(self, stream: Bytes, part: KvPart, out: Array) -> None:
@@ -73,20 +80,34 @@ class Fp8Codec:
             if section.form is Form.RAW:
                 read_raw(section, layer)
                 continue
-            if len(section.data) != _HEAD.size + layer.size:
+            if len(section.data) != HEAD.size + layer.size:
                 raise CodecError(f"{len(section.data)} bytes of fp8 for {layer.size} values")
-            exponents = _HEAD.unpack_from(section.data)
-            codes = np.frombuffer(section.data, np.uint8)[_HEAD.size :].reshape(2, -1)
+            exponents = HEAD.unpack_from(section.data)
+            codes = np.frombuffer(section.data, np.uint8)[HEAD.size :].reshape(2, -1)
             for run, exponent, coded in zip(layer, exponents, codes, strict=True):
-                if abs(exponent) > MAX_EXPONENT:
-                    raise CodecError(f"fp8 with exponent {exponent}, at most {MAX_EXPONENT}")
-                table = np.empty(256, out.dtype)
-                narrow_reference(DECODED * np.float32(2.0**exponent), self._geometry.dtype, table)
+                table = table_of(exponent, self._geometry.dtype)
                 self._kernels.look_up(coded, table, run.reshape(-1))
 
 
-def _exponent(x: F32) -> int:
-    """The least ``e`` with no value times ``2**-e`` above 448 = 1.75 * 2**8."""
-    bits = int(np.abs(x).max().view(np.uint32))
-    exponent: Any = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
-    return max(int(exponent), -MAX_EXPONENT)
+def exponent_of(largest: Any, dtype: str) -> int:
+    """The least ``e`` with ``largest * 2**-e`` not above 448 = 1.75 * 2**8.
+
+    largest: size of a run's largest value, as its array has it.
+    """
+    bits = int(widen_reference(np.array([largest]), dtype).view(np.uint32)[0])
+    exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
+    return max(exponent, -MAX_EXPONENT)
+
+
+def scale_of(exponent: int) -> np.float32:
+    """What values are multiplied by."""
+    return np.float32(2.0**-exponent)
+
+
+def table_of(exponent: int, dtype: str) -> Array:
+    """``[256]``: each code's value, as arrays of the dtype have it. Raises CodecError."""
+    if abs(exponent) > MAX_EXPONENT:
+        raise CodecError(f"fp8 with exponent {exponent}, at most {MAX_EXPONENT}")
+    table = np.empty(256, array_dtype(dtype))
+    narrow_reference(DECODED * np.float32(2.0**exponent), dtype, table)
+    return table

@@ -24,6 +24,7 @@ vectors and a GPU's threads read and write whole lines.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -51,7 +52,7 @@ from kv_transfer.codecs.float_forms import FORMS, U8, FloatForm, bits_of
 
 SAMPLE_STRIDE = 7
 """Every seventh exponent chooses the window: coprime with any head_dim, so all channels count."""
-_RUN_HEAD = struct.Struct("<B3sI")
+RUN_HEAD = struct.Struct("<B3sI")
 _ZEROS = bytes(3)
 
 
@@ -62,6 +63,34 @@ def choose_window(form: FloatForm, symbols: U8) -> int:
     counts: NDArray[Any] = np.bincount(sample, minlength=form.num_exponents)
     ends = np.concatenate([[0], np.cumsum(counts)])
     return int(np.argmax(ends[form.window :] - ends[: -form.window]))
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Where the parts of a run of ``n`` elements are: head, codes, body, escapes."""
+
+    body_at: int
+    fixed: int
+
+    @classmethod
+    def of(cls, form: FloatForm, n: int) -> RunPlan:
+        body_at = RUN_HEAD.size + -(-n // form.group) * form.group_bytes
+        return cls(body_at, body_at + n * form.body_bytes)
+
+    def write_head(self, room: U8, begin: int, num_escapes: int) -> None:
+        RUN_HEAD.pack_into(room.data, 0, begin, _ZEROS, num_escapes)
+
+    def read_head(self, form: FloatForm, n: int, coded: U8) -> tuple[int, int]:
+        """(begin of the window, number of escapes) of a run that ``coded`` begins with.
+
+        Raises CodecError where it is not as long as it says.
+        """
+        if coded.size < self.fixed:
+            raise CodecError(f"a run of {n} split floats has {coded.size} bytes")
+        begin, zeros, num_escapes = RUN_HEAD.unpack_from(coded.data)
+        if begin > form.last_window or zeros != _ZEROS or self.fixed + num_escapes > coded.size:
+            raise CodecError(f"split floats with window {begin} and {num_escapes} escapes")
+        return begin, num_escapes
 
 
 class SplitCodec:
@@ -79,7 +108,7 @@ class SplitCodec:
         header = header_for(self.name, self._geometry, kv)
         n = num_elements(kv.shape) // 2
         # A run of nothing but escapes outgrows the raw bytes before that is found out.
-        longest = 2 * (self._fixed_bytes(n) + n)
+        longest = 2 * (RunPlan.of(self._form, n).fixed + n)
         writer = StreamWriter(header, max(0, longest - header.layer_bytes))
         symbols = np.empty(n, np.uint8)
         for layer in kv:
@@ -105,40 +134,25 @@ class SplitCodec:
             if coded.size:
                 raise CodecError(f"a section of split floats has {coded.size} bytes too many")
 
-    def _code_bytes(self, n: int) -> int:
-        num_groups = -(-n // self._form.group)
-        return num_groups * self._form.group_bytes
-
-    def _fixed_bytes(self, n: int) -> int:
-        """Of a run of ``n`` elements, without its escapes."""
-        return _RUN_HEAD.size + self._code_bytes(n) + n * self._form.body_bytes
-
     def _encode_run(self, bits: Array, symbols: U8, room: U8) -> int:
         """Bytes written to the front of ``room``."""
         n, form = bits.size, self._form
-        body_at, fixed = _RUN_HEAD.size + self._code_bytes(n), self._fixed_bytes(n)
-        self._kernels.take_apart(form, bits, symbols, room[body_at:fixed])
+        plan = RunPlan.of(form, n)
+        self._kernels.take_apart(form, bits, symbols, room[plan.body_at : plan.fixed])
         begin = choose_window(form, symbols)
-        num_escapes: int = self._kernels.pack(
-            form, symbols, begin, room[_RUN_HEAD.size : body_at], room[fixed : fixed + n]
-        )
-        _RUN_HEAD.pack_into(room.data, 0, begin, _ZEROS, num_escapes)
-        return fixed + num_escapes
+        codes, escapes = room[RUN_HEAD.size : plan.body_at], room[plan.fixed : plan.fixed + n]
+        num_escapes: int = self._kernels.pack(form, symbols, begin, codes, escapes)
+        plan.write_head(room, begin, num_escapes)
+        return plan.fixed + num_escapes
 
     def _decode_run(self, coded: U8, symbols: U8, bits: Array) -> int:
         """Bytes taken from the front of ``coded``. Raises CodecError."""
         n, form = bits.size, self._form
-        body_at, fixed = _RUN_HEAD.size + self._code_bytes(n), self._fixed_bytes(n)
-        if coded.size < fixed:
-            raise CodecError(f"a run of {n} split floats has {coded.size} bytes")
-        begin, zeros, num_escapes = _RUN_HEAD.unpack_from(coded.data)
-        end: int = fixed + num_escapes
-        if begin > form.last_window or zeros != _ZEROS or end > coded.size:
-            raise CodecError(f"split floats with window {begin} and {num_escapes} escapes")
-        used = self._kernels.unpack(
-            form, coded[_RUN_HEAD.size : body_at], coded[fixed:end], begin, symbols
-        )
-        if used != num_escapes:
+        plan = RunPlan.of(form, n)
+        begin, num_escapes = plan.read_head(form, n, coded)
+        end = plan.fixed + num_escapes
+        codes, escapes = coded[RUN_HEAD.size : plan.body_at], coded[plan.fixed : end]
+        if self._kernels.unpack(form, codes, escapes, begin, symbols) != num_escapes:
             raise CodecError(f"split floats list {num_escapes} escapes and do not use as many")
-        self._kernels.put_together(form, symbols, coded[body_at:fixed], bits)
+        self._kernels.put_together(form, symbols, coded[plan.body_at : plan.fixed], bits)
         return end

@@ -27,6 +27,8 @@ def test_every_kernel_passes_tritons_checks() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for name in Kernels.__slots__:
         assert re.search(rf"^{name}, ", done.stdout, re.MULTILINE), f"{name} was not compiled"
+    for name in ("split", "floats", "int8", "int4", "fp8", "rans"):
+        assert re.search(rf"^{name}, ", done.stdout, re.MULTILINE), f"{name} was not compiled"
     compiled = re.search(r"^(\d+) kernels compiled", done.stdout, re.MULTILINE)
     assert compiled is not None
     assert int(compiled[1]) >= 50
