@@ -96,9 +96,12 @@ class PoolConfig(_Section, frozen=True):
 
 
 class KvTransferConfig(_Section, frozen=True):
-    transport: Literal["auto", "shared_memory", "zeromq", "zeromq_ipc", "gloo", "nccl"] = "auto"
+    transport: Literal[
+        "auto", "shared_memory", "zeromq", "zeromq_ipc", "gloo", "nccl", "cuda_ipc"
+    ] = "auto"
     """How KV travels. "auto": shared memory between workers of one host, else ZeroMQ over TCP;
-    ``baton status`` says which it took and why. ZeroMQ carries wherever another link was lost."""
+    ``baton status`` says which it took and why. ZeroMQ carries wherever another link was lost.
+    gloo and nccl are torch.distributed's; nccl and cuda_ipc want GPUs at both ends."""
     codec: Literal["auto", "raw"] = "auto"
     quality_floor: Literal["exact", "lossless"] = "lossless"
     max_frame_bytes: Annotated[int, Meta(ge=4_096, le=64 * 2**20)] = 1 * 2**20

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import zmq.asyncio
 
 from baton.protocol.messages import KvOffer
-from kv_transfer.transports import in_process, shared_memory, zeromq
+from kv_transfer.transports import cuda_ipc, in_process, shared_memory, zeromq
 from kv_transfer.transports.choose import AUTO, BEST_FIRST, FALLBACK
 from kv_transfer.transports.contract import KvReceiver, KvSender, LinkLost, OnPart
+from kv_transfer.transports.cuda_ipc import cuda_ipc_receiver, cuda_ipc_sender
 from kv_transfer.transports.in_process import InProcessReceiver, InProcessSender
 from kv_transfer.transports.shared_memory import (
     shared_memory_receiver,
@@ -31,6 +32,8 @@ def make_sender(kind: str, context: zmq.asyncio.Context, max_frame_bytes: int) -
             return ZeroMqSender(context, kind, max_frame_bytes)
         case "gloo" | "nccl":
             return TorchSender(kind, max_frame_bytes)
+        case cuda_ipc.KIND:
+            return cuda_ipc_sender(max_frame_bytes)
     raise LinkLost(f"no transport {kind!r} here")
 
 
@@ -45,6 +48,8 @@ def make_receiver(kind: str, context: zmq.asyncio.Context, on_part: OnPart) -> K
             return ZeroMqReceiver(context, kind, on_part)
         case "gloo" | "nccl":
             return TorchReceiver(kind, on_part)
+        case cuda_ipc.KIND:
+            return cuda_ipc_receiver(on_part)
     raise AssertionError(f"no transport {kind!r}")
 
 
