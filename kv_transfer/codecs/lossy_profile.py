@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from baton.protocol.errors import ConfigError
 from kv_transfer.codecs.contract import Quality
 from kv_transfer.codecs.rans import MAX_TABLES, PROB_SCALE
 
-PROFILE_FILE = "kv_profile.safetensors"
-"""In the checkpoint's folder, where it is looked for."""
+PROFILE_FILE = "kv_codec.profile"
+"""In the checkpoint's folder, where it is looked for. Not called *.safetensors, which would be
+weights."""
 PROFILE_VERSION = 1
 MAX_GRID = 2047
 """Largest magnitude on the grid that channels are rounded to. With the cap on ``analysis`` every
@@ -147,7 +148,7 @@ _ARRAYS: tuple[tuple[str, Any, str], ...] = (
 
 def save_profile(profile: Profile, path: Path) -> None:
     arrays = {name: np.ascontiguousarray(getattr(profile, name)) for name, _, _ in _ARRAYS}
-    save_file(arrays, path, metadata={"baton": _metadata(profile)})
+    path.write_bytes(save(arrays, metadata={"baton": _metadata(profile)}))
 
 
 def load_profile(path: Path) -> Profile:

@@ -24,6 +24,7 @@ MODEL_FILES = (
     "chat_template.jinja",
     "config.json",
     "generation_config.json",
+    "kv_codec.profile",
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
