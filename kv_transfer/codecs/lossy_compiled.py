@@ -16,6 +16,7 @@ from kv_transfer.codecs.rans import U8
 
 I16 = NDArray[np.int16]
 U32 = np.uint32
+BLOCK = 4
 _GRID = np.float32(MAX_GRID)
 _QUOTIENT = np.float32(MAX_QUOTIENT)
 
@@ -45,7 +46,7 @@ def quantise(
         layer.analysis,
         layer.multiplier,
         layer.rank,
-        level.limit[layer.table],
+        level.limit.astype(np.float32)[layer.table],
         runs.kind,
         runs.end,
         symbols,
@@ -94,27 +95,25 @@ def _fused(function: Any) -> Any:
 
 @_fused
 def _project(z: Any, analysis: Any, num_outputs: Any, y: Any) -> Any:
-    """``y[r] = z[r] @ analysis`` for the two rows of ``z``. Four channels at a time, so that sums
-    are written once for four products."""
-    for row in range(2):
+    """``y[r] = z[r] @ analysis`` for the rows of ``z``, all ``BLOCK`` at once: so the matrix is
+    read, and sums are written, less often."""
+    for row in range(BLOCK):
         for j in range(num_outputs):
             y[row, j] = np.float32(0.0)
-    for k in range(0, z.shape[1] - 3, 4):
-        a0, a1, a2, a3 = z[0, k], z[0, k + 1], z[0, k + 2], z[0, k + 3]
-        b0, b1, b2, b3 = z[1, k], z[1, k + 1], z[1, k + 2], z[1, k + 3]
+    even = z.shape[1] - z.shape[1] % 2
+    for k in range(0, even, 2):
+        a0, a1, b0, b1 = z[0, k], z[0, k + 1], z[1, k], z[1, k + 1]
+        c0, c1, d0, d1 = z[2, k], z[2, k + 1], z[3, k], z[3, k + 1]
         for j in range(num_outputs):
-            m0, m1, m2, m3 = (
-                analysis[k, j],
-                analysis[k + 1, j],
-                analysis[k + 2, j],
-                analysis[k + 3, j],
-            )
-            y[0, j] += a0 * m0 + a1 * m1 + a2 * m2 + a3 * m3
-            y[1, j] += b0 * m0 + b1 * m1 + b2 * m2 + b3 * m3
-    for k in range(z.shape[1] - z.shape[1] % 4, z.shape[1]):
-        for j in range(num_outputs):
-            y[0, j] += z[0, k] * analysis[k, j]
-            y[1, j] += z[1, k] * analysis[k, j]
+            m0, m1 = analysis[k, j], analysis[k + 1, j]
+            y[0, j] += a0 * m0 + a1 * m1
+            y[1, j] += b0 * m0 + b1 * m1
+            y[2, j] += c0 * m0 + c1 * m1
+            y[3, j] += d0 * m0 + d1 * m1
+    for k in range(even, z.shape[1]):
+        for row in range(BLOCK):
+            for j in range(num_outputs):
+                y[row, j] += z[row, k] * analysis[k, j]
 
 
 @primitive
@@ -129,19 +128,21 @@ def _load_row(
     row: Any,
     out: Any,
 ) -> Any:
-    """Channels of one token's group as float32, keys turned back to position 0."""
+    """Channels of one token's group as float32, keys turned back to position 0. ``row`` is the
+    memory of ``bits``. Slices, since numba vectorises no loop over shifted indices."""
     for j in range(x.size):
         bits[j] = U32(x[j]) << shift
     if not is_key:
-        for j in range(x.size):
-            out[j] = row[j]
+        out[:] = row
         return
     pairs = cos.size
     for head in range(0, x.size, head_dim):
+        a, b = row[head : head + pairs], row[head + pairs : head + 2 * pairs]
+        first, second = out[head : head + pairs], out[head + pairs : head + 2 * pairs]
         for p in range(pairs):
-            out[head + p] = row[head + p] * cos[p] + row[head + pairs + p] * sin[p]
-        for p in range(pairs):
-            out[head + pairs + p] = row[head + pairs + p] * cos[p] - row[head + p] * sin[p]
+            u = a[p] * cos[p] + b[p] * sin[p]
+            v = b[p] * cos[p] - a[p] * sin[p]
+            first[p], second[p] = u, v
         for j in range(head + 2 * pairs, head + head_dim):
             out[j] = row[j]
 
@@ -149,14 +150,30 @@ def _load_row(
 @primitive
 def _to_grid(x: Any, mean: Any, grid: Any, z: Any) -> Any:
     """Whether all of the row lies on the grid; rows that do not become zero."""
-    outside = 0
+    outside = np.int32(0)
     for j in range(x.size):
         whole = np.rint((x[j] - mean[j]) * grid[j])
         z[j] = whole
-        outside += not (np.abs(whole) <= _GRID)
+        outside |= np.int32(0) if np.abs(whole) <= _GRID else np.int32(1)
     if outside:
         z[:] = np.float32(0.0)
     return outside == 0
+
+
+@primitive
+def _round(values: Any, factors: Any, limits: Any, quotients: Any, symbols: Any) -> Any:
+    """Quotients and symbols of one row. (whether a quotient is too large, or is escaped)"""
+    too_far, escaped = np.int32(0), np.int32(0)
+    for c in range(symbols.size):
+        q = np.rint(values[c] * factors[c])
+        size = np.abs(q)
+        too_far |= np.int32(0) if size <= _QUOTIENT else np.int32(1)
+        is_near = size <= limits[c]
+        escaped |= np.int32(0) if is_near else np.int32(1)
+        whole = np.int32(q)
+        quotients[c] = whole
+        symbols[c] = np.uint8(whole + np.int32(ZERO_SYMBOL)) if is_near else np.uint8(ESCAPE)
+    return too_far != 0, escaped != 0
 
 
 @kernel
@@ -171,7 +188,7 @@ def _quantise(
     analysis: F32,
     multiplier: F32,
     rank: I32,
-    limit: I32,
+    limit: F32,
     run_kind: I32,
     run_end: I32,
     symbols: U8,
@@ -179,28 +196,27 @@ def _quantise(
     raw_rows: NDArray[np.int64],
 ) -> Any:
     """(escapes, raw rows)."""
-    num_tokens = x.shape[1]
-    num_groups, width = mean.shape[1], mean.shape[2]
+    num_tokens, num_groups, width = x.shape[1], mean.shape[1], mean.shape[2]
     bits = np.empty(width, np.uint32)
     row = bits.view(np.float32)
     turned = np.empty(width, np.float32)
-    z = np.zeros((2, width), np.float32)
-    y = np.empty((2, analysis.shape[3]), np.float32)
+    z = np.zeros((BLOCK, width), np.float32)
+    y = np.empty((BLOCK, analysis.shape[3]), np.float32)
     quotients = np.empty(analysis.shape[3], np.int32)
-    fits = np.empty(2, np.bool_)
+    fits = np.empty(BLOCK, np.bool_)
     at, num_escapes, num_raw = 0, 0, 0
     for kind in range(2):
         for group in range(num_groups):
             channels = slice(group * width, (group + 1) * width)
+            means, grids = mean[kind, group], grid[kind, group]
             begin = 0
             for run in range(run_kind.size):
                 age = run_kind[run]
                 r = rank[kind, group, age]
-                padded = min((r + 7) // 8 * 8, analysis.shape[3])
-                factors = multiplier[kind, group, age]
-                limits = limit[kind, group, age]
-                for first in range(begin, run_end[run], 2):
-                    last = min(first + 2, run_end[run])
+                padded = (r + 7) // 8 * 8
+                factors, limits = multiplier[kind, group, age], limit[kind, group, age]
+                for first in range(begin, run_end[run], BLOCK):
+                    last = min(first + BLOCK, run_end[run])
                     for token in range(first, last):
                         _load_row(
                             x[kind, token, channels],
@@ -213,34 +229,23 @@ def _quantise(
                             row,
                             turned,
                         )
-                        fits[token - first] = _to_grid(
-                            turned, mean[kind, group], grid[kind, group], z[token - first]
-                        )
+                        place = token - first
+                        fits[place] = _to_grid(turned, means, grids, z[place])
                     _project(z, analysis[kind, group], padded, y)
                     for token in range(first, last):
-                        values = y[token - first]
-                        too_far = not fits[token - first]
-                        escaped = 0
-                        for c in range(r):
-                            q = np.rint(values[c] * factors[c])
-                            too_far |= not (np.abs(q) <= _QUOTIENT)
-                            whole = np.int32(q)
-                            quotients[c] = whole
-                            escaped += abs(whole) > limits[c]
-                        if too_far:
+                        place = token - first
+                        mine = symbols[at : at + r]
+                        too_far, escaped = _round(y[place], factors, limits, quotients, mine)
+                        at += r
+                        if too_far or not fits[place]:
                             raw_rows[num_raw] = (kind * num_groups + group) * num_tokens + token
                             num_raw += 1
-                            symbols[at : at + r] = ZERO_SYMBOL
-                        else:
+                            mine[:] = ZERO_SYMBOL
+                        elif escaped:
                             for c in range(r):
-                                symbols[at + c] = np.uint8(quotients[c] + ZERO_SYMBOL)
-                            if escaped:
-                                for c in range(r):
-                                    if abs(quotients[c]) > limits[c]:
-                                        symbols[at + c] = ESCAPE
-                                        escapes[num_escapes] = quotients[c]
-                                        num_escapes += 1
-                        at += r
+                                if mine[c] == ESCAPE:
+                                    escapes[num_escapes] = quotients[c]
+                                    num_escapes += 1
                 begin = run_end[run]
     return num_escapes, num_raw
 
@@ -253,15 +258,16 @@ def _store_row(
     if is_key:
         pairs = cos.size
         for head in range(0, x.size, head_dim):
+            a, b = x[head : head + pairs], x[head + pairs : head + 2 * pairs]
+            first, second = row[head : head + pairs], row[head + pairs : head + 2 * pairs]
             for p in range(pairs):
-                row[head + p] = x[head + p] * cos[p] - x[head + pairs + p] * sin[p]
-            for p in range(pairs):
-                row[head + pairs + p] = x[head + pairs + p] * cos[p] + x[head + p] * sin[p]
+                u = a[p] * cos[p] - b[p] * sin[p]
+                v = b[p] * cos[p] + a[p] * sin[p]
+                first[p], second[p] = u, v
             for j in range(head + 2 * pairs, head + head_dim):
                 row[j] = x[j]
     else:
-        for j in range(x.size):
-            row[j] = x[j]
+        row[:] = x
     if out.itemsize == 2:
         for j in range(x.size):
             b = bits[j]
@@ -269,6 +275,12 @@ def _store_row(
     else:
         for j in range(x.size):
             out[j] = bits[j]
+
+
+@primitive
+def _add(sums: Any, components: Any, amount: Any) -> Any:
+    for j in range(sums.size):
+        sums[j] += np.int32(amount * components[j])
 
 
 @kernel
@@ -302,9 +314,9 @@ def _reconstruct(
                 age = run_kind[run]
                 r = rank[kind, group, age]
                 factors, means = factor[kind, group, age], mean[kind, group]
-                nearer = shrink[kind, group, age]
+                nearer, components = shrink[kind, group, age], synthesis[kind, group]
                 for token in range(begin, run_end[run]):
-                    sums[:] = 0
+                    sums[:] = np.int32(0)
                     for c in range(r):
                         symbol = symbols[at + c]
                         if symbol == ZERO_SYMBOL:
@@ -317,11 +329,8 @@ def _reconstruct(
                             used += 1
                         closer = nearer[c, 1 if abs(q) > 1 else 0]
                         fine = np.int32(FRACTION * q - (closer if q > 0 else -closer))
-                        if q == 0:
-                            fine = np.int32(0)
-                        components = synthesis[kind, group, c]
-                        for j in range(width):
-                            sums[j] += fine * components[j]
+                        if q:
+                            _add(sums, components[c], fine)
                     at += r
                     for j in range(width):
                         values[j] = np.float32(sums[j]) * factors[j] + means[j]
