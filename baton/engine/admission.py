@@ -55,7 +55,7 @@ class Admission:
             if cost > budget:
                 break
             self._waiting.remove(sequence)
-            self._seat(sequence, found.blocks)
+            self._seat(sequence, found)
             admitted.append((sequence, count))
             budget -= cost
         return admitted
@@ -85,17 +85,18 @@ class Admission:
         spare = self.watermark_blocks if self._running else 0
         return need + unheld + spare <= self._pool.num_free
 
-    def _seat(self, sequence: Sequence, found: tuple[int, ...]) -> None:
+    def _seat(self, sequence: Sequence, found: Found) -> None:
         """Give it its blocks, and KV for as many of its tokens as there is somewhere."""
-        need = self._pool.blocks_for(sequence.num_tokens) - len(found)
-        self._pool.share(sequence.seq_id, found)
-        sequence.block_table = found + tuple(self._pool.allocate(sequence.seq_id, need))
-        sequence.num_named = len(found)
-        sequence.num_cached = len(found) * self._pool.block_size
+        cached = found.blocks
+        need = self._pool.blocks_for(sequence.num_tokens) - len(cached)
+        self._pool.share(sequence.seq_id, cached)
+        sequence.block_table = cached + tuple(self._pool.allocate(sequence.seq_id, need))
+        sequence.num_named = len(cached)
+        sequence.num_cached = len(cached) * self._pool.block_size
         if sequence.host_blocks:
             assert self._swap is not None
-            self._swap.back(sequence, len(found))
+            self._swap.back(sequence, len(cached))
         sequence.num_computed = max(sequence.num_computed, sequence.num_cached)
         self._running.add(sequence)
         if self._cache is not None:
-            self._cache.admitted(sequence)
+            self._cache.admitted(sequence, found)

@@ -1,6 +1,7 @@
 """Which blocks of a new sequence another one has computed, or is just computing. Pure.
 
-Sequences share full blocks, found by chained keys (``baton.protocol.block_hash``). A block is
+Sequences share full blocks, found by chained keys (``baton.protocol.block_hash``), of the quality
+classes that each accepts: KV that came through a lossy codec serves no higher floor. A block is
 published when a step that computed its last row is over, or when all its rows came from
 elsewhere: where layers slide, the older blocks of a prompt come without some. What an admitted
 sequence is still to compute is announced, so that one that begins alike can wait for it instead
@@ -13,16 +14,18 @@ from dataclasses import dataclass
 
 from baton.engine.block_pool import BlockPool
 from baton.engine.sequence import Sequence
-from baton.protocol.block_hash import BlockKey
+from baton.protocol.block_hash import EXACT, BlockKey, worst_class
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """blocks: cover the sequence's first tokens; nobody has taken them yet.
-    awaited: the key of the last block in a row that a more urgent sequence computes."""
+    quality: their class. awaited: the key of the last block in a row that a more urgent sequence
+    computes."""
 
     blocks: tuple[int, ...] = ()
     awaited: BlockKey | None = None
+    quality: str = EXACT
 
 
 NOTHING = Found()
@@ -39,9 +42,20 @@ class PrefixCache:
         """At least one token is left to compute: its row is what draws the next token."""
         if sequence.prompt_logprobs is not None:
             return NOTHING
+        best = NOTHING
+        for quality in sequence.accepts:
+            found = self._find(sequence, quality)
+            if (len(found.blocks), found.awaited is not None) > (
+                len(best.blocks),
+                best.awaited is not None,
+            ):
+                best = found
+        return best
+
+    def _find(self, sequence: Sequence, quality: str) -> Found:
         size, pool = self._pool.block_size, self._pool
         count = (sequence.num_tokens - 1) // size
-        keys = sequence.keys(count, size)
+        keys = sequence.keys(count, size, quality)
         blocks: list[int] = []
         for number in range(count):
             block = pool.find(keys[number])
@@ -55,11 +69,14 @@ class PrefixCache:
             if computing is None or computing.urgency >= sequence.urgency:
                 break
             awaited = keys[number]
-        return Found(tuple(blocks), awaited)
+        return Found(tuple(blocks), awaited, quality)
 
-    def admitted(self, sequence: Sequence) -> None:
-        """Count its hits and announce the full blocks that it is about to compute."""
+    def admitted(self, sequence: Sequence, found: Found) -> None:
+        """Count its hits and announce the full blocks that it is about to compute. What looks back
+        at lossy KV is no better than that."""
         size = self._pool.block_size
+        if found.blocks:
+            sequence.quality = worst_class(sequence.quality, found.quality)
         if sequence.prompt_logprobs is None:
             self.num_queried_tokens += sequence.num_tokens
             self.num_hit_tokens += sequence.num_cached

@@ -14,7 +14,7 @@ from baton.engine.prefix_cache import PrefixCache
 from baton.engine.running_set import RunningSet
 from baton.engine.sequence import Sequence
 from baton.engine.wait_queue import WaitQueue
-from baton.protocol.block_hash import BlockKey
+from baton.protocol.block_hash import EXACT, BlockKey
 
 
 class Residents:
@@ -70,6 +70,7 @@ class Residents:
         blocks, sequence.block_table = sequence.block_table, ()
         self.pool.release(sequence.seq_id, blocks)
         sequence.num_computed = sequence.num_named = sequence.complete_from = 0
+        sequence.quality = EXACT
         if self.swap is not None:
             self.swap.drop(sequence)
 

@@ -22,7 +22,8 @@ class Sequence:
     """One attempt at one request. ``prompt_ids`` never change; ``output_ids`` grow.
 
     priority: the lower runs first (vLLM's convention); equal ones in order of arrival.
-    tenant: whose prompts may share KV with this one.
+    tenant: whose prompts may share KV with this one. accepts: quality classes of cached KV that
+    it may use, the best first; quality: the class of the KV that it has.
     """
 
     seq_id: str
@@ -53,7 +54,10 @@ class Sequence:
     """Where its computed KV is while it is swapped out."""
     grammar: object = None
     """Its constraint as compiled: held, so that no step must compile it again."""
-    _keys: list[BlockKey] = field(default_factory=list)
+    accepts: tuple[str, ...] = (EXACT,)
+    quality: str = EXACT
+    _keys: dict[str, list[BlockKey]] = field(default_factory=dict)
+    """By quality class."""
 
     @property
     def num_tokens(self) -> int:
@@ -69,11 +73,15 @@ class Sequence:
         self.order = order
         self.urgency = order + self.priority * PRIORITY_ARRIVALS
 
-    def keys(self, count: int, block_size: int) -> list[BlockKey]:
-        """Keys of at least the first ``count`` blocks, all of them full by the known tokens."""
-        keys = self._keys
+    def keys(self, count: int, block_size: int, quality: str = "") -> list[BlockKey]:
+        """Keys of at least the first ``count`` blocks, all of them full by the known tokens, as of
+        that quality class; of its own where none is given."""
+        quality = quality or self.quality
+        keys = self._keys.get(quality)
+        if keys is None:
+            keys = self._keys[quality] = []
         while len(keys) < count:
-            parent = keys[-1] if keys else root_key(self.tenant, EXACT)
+            parent = keys[-1] if keys else root_key(self.tenant, quality)
             start = len(keys) * block_size
             keys.append(block_key(parent, self.tokens(start, start + block_size)))
         return keys

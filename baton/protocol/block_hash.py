@@ -18,6 +18,10 @@ BlockKey = NewType("BlockKey", bytes)
 KEY_BYTES = 16
 EXACT = "exact"
 """The quality class of KV that was computed, or moved byte for byte."""
+LOSSY_CLASSES = ("high", "medium", "low")
+"""Of KV of which some came through a lossy codec, or was computed looking back at such KV."""
+KV_FLOORS = (EXACT, "lossless", *LOSSY_CLASSES)
+"""What requests ask for, the best first. "lossless" is as exact to whoever looks a prefix up."""
 
 
 @lru_cache(maxsize=1_024)
@@ -26,6 +30,19 @@ def root_key(tenant: str = "", quality: str = EXACT) -> BlockKey:
     assert "\0" not in quality
     salt = f"{quality}\0{tenant}".encode()
     return BlockKey(blake2b(salt, digest_size=KEY_BYTES, person=b"baton kv root").digest())
+
+
+@lru_cache(maxsize=16)
+def classes_for(floor: str) -> tuple[str, ...]:
+    """Quality classes that may serve a request of that floor, the best first. "" or an unknown
+    one (of a newer release) is served the best alone."""
+    lossy = LOSSY_CLASSES[: LOSSY_CLASSES.index(floor) + 1] if floor in LOSSY_CLASSES else ()
+    return (EXACT, *lossy)
+
+
+def worst_class(one: str, other: str) -> str:
+    classes = (EXACT, *LOSSY_CLASSES)
+    return max(one, other, key=classes.index)
 
 
 _BLOCK = blake2b(digest_size=KEY_BYTES, person=b"baton kv")

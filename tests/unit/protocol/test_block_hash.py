@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from hashlib import blake2b
 
-from baton.protocol.block_hash import block_key, root_key
+from baton.protocol.block_hash import block_key, classes_for, root_key, worst_class
 
 
 def test_keys_are_chained_blake2b_of_little_endian_ids() -> None:
@@ -32,3 +32,16 @@ def test_what_differs_has_another_key() -> None:
         block_key(root_key(), (1, 2, 4, 3)),
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_each_floor_is_served_by_what_is_at_least_as_good() -> None:
+    assert classes_for("exact") == classes_for("lossless") == ("exact",)
+    assert classes_for("high") == ("exact", "high")
+    assert classes_for("medium") == ("exact", "high", "medium")
+    assert classes_for("low") == ("exact", "high", "medium", "low")
+    assert classes_for("") == classes_for("of a newer release") == ("exact",)
+
+
+def test_kv_is_as_good_as_the_worst_of_it() -> None:
+    assert worst_class("exact", "exact") == "exact"
+    assert worst_class("medium", "high") == worst_class("exact", "medium") == "medium"
