@@ -47,6 +47,7 @@ def arrived_job(arrived: Arrived, now: float) -> tuple[DecodeJob, Sequence]:
     sequence = sequence_of(arrived.transfer_id, body)
     sequence.num_computed = arrived.num_tokens
     sequence.complete_from = arrived.complete_from
+    sequence.quality = arrived.quality
     sequence.output_ids += arrived.token_ids
     sequence.block_table = tuple(arrived.blocks)
     return DecodeJob(body, now, deadline_at, started_at=now, arrived=hop), sequence

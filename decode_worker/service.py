@@ -44,6 +44,8 @@ class DecodeService:
             num_layers=executor.spec.num_layers,
         )
         scheduler.set_rates(executor.swap_rates)
+        self._coding = KvCoding(executor.layout)
+        codecs = self._coding.qualities(WITHOUT_PROFILE)
         self.decider = DecodeDecider(
             spec.worker_id,
             incarnation,
@@ -51,7 +53,7 @@ class DecodeService:
             engine,
             pool,
             scheduler,
-            Receiver(pool, executor.layout, engine, spec.kv_transfer, WITHOUT_PROFILE),
+            Receiver(pool, executor.layout, engine, spec.kv_transfer, codecs),
             executor.spec.vocab_size,
         )
         self._context = zmq.asyncio.Context()
@@ -65,7 +67,6 @@ class DecodeService:
             facts=self._facts,
             grammars=executor.grammars,
         )
-        self._coding = KvCoding(executor.layout)
         self._kv_input = KvInput(
             executor, self._coding, self._shell.feed, writes_beside=bool(executor.rank_fds)
         )

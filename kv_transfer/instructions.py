@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from baton.protocol.block_hash import EXACT
 from baton.protocol.messages import KvFrame, Message, RequestBody, TransferEnd, WorkerRef
 
 
@@ -107,6 +108,8 @@ class Arrived:
     """What ``num_bytes`` stand for."""
     codecs: dict[str, int] = field(default_factory=dict)
     """Payload bytes by codec."""
+    quality: str = EXACT
+    """The class of the KV that came (``block_hash``)."""
     exposed_s: float = 0.0
     """From the end of prefill to this, but for the way of the last message."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from baton.protocol.config import EngineConfig, KvTransferConfig
 from baton.protocol.errors import WireError
@@ -29,16 +29,19 @@ from baton.protocol.messages import (
     TransferNack,
 )
 from kv_transfer.blocks import Blocks
+from kv_transfer.codecs.contract import Quality
+from kv_transfer.floors import quality_class
 from kv_transfer.frames import KV_VERSION, RAW, Framing, framings_of
 from kv_transfer.incoming import Incoming
 from kv_transfer.instructions import Arrived, ReceiveInstruction, ToPrefill, WriteKv
 
+NO_OTHERS: Mapping[str, Quality] = {}
 MAX_WAITING = 8_192
 MAX_REMEMBERED = 4_096
 
 
 class Receiver:
-    """codecs: names of those that can be decoded here, ``raw`` aside."""
+    """codecs: those that can be decoded here, ``raw`` aside."""
 
     def __init__(
         self,
@@ -46,11 +49,12 @@ class Receiver:
         layout: KvLayout,
         engine: EngineConfig,
         config: KvTransferConfig,
-        codecs: Iterable[str] = (),
+        codecs: Mapping[str, Quality] = NO_OTHERS,
     ) -> None:
         self._pool = pool
         self._framings = framings_of(layout)
-        self._codecs = frozenset({RAW, *codecs})
+        self._qualities = {RAW: Quality.EXACT, **codecs}
+        self._codecs = frozenset(self._qualities)
         self._engine = engine
         self._config = config
         self._open: dict[str, Incoming] = {}
@@ -269,6 +273,7 @@ class Receiver:
                 complete_from=coverage.complete_from(end.num_tokens),
                 num_raw_bytes=coverage.num_raw_bytes,
                 codecs=coverage.codecs,
+                quality=quality_class(self._qualities[codec] for codec in coverage.codecs),
                 exposed_s=end.lag_s + now - incoming.ended_at,
             ),
         ]

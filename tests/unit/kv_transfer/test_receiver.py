@@ -17,6 +17,7 @@ from baton.protocol.messages import (
     TransferEnd,
     TransferNack,
 )
+from kv_transfer.codecs.contract import Quality
 from kv_transfer.frames import KV_VERSION, RAW, end_checksum
 from kv_transfer.instructions import Arrived, ToPrefill, WriteKv
 from kv_transfer.receiver import Receiver
@@ -26,6 +27,7 @@ T = "r/0"
 P = "p-0|1"
 BODY = body("r", 20, max_tokens=30)
 CRC = 77
+INT8 = {"int8": Quality.HIGH}
 
 
 def make(num_blocks: int = 8, **engine: Any) -> tuple[Receiver, BlockPool]:
@@ -236,7 +238,7 @@ def test_cancel_is_idempotent() -> None:
 def newest(**engine: Any) -> tuple[Receiver, BlockPool]:
     """A reservation of version 2; int8 can be decoded here."""
     pool = BlockPool(8, 8)
-    receiver = Receiver(pool, LAYOUT, engine_config(8, **engine), transfer_config(), ["int8"])
+    receiver = Receiver(pool, LAYOUT, engine_config(8, **engine), transfer_config(), INT8)
     asked = Reserve(T, LAYOUT.fingerprint(1), BODY, KV_VERSION, LAYOUT.fingerprint())
     assert receiver.reserve(P, asked, 1.0) == []
     assert receiver.grant(1, 3.0) == [to(Granted(T, 1, 10.0, 2, ("int8", RAW)))]
@@ -264,6 +266,7 @@ def test_progress_is_told_and_told_again_with_a_renewal() -> None:
     [_, arrived] = receiver.end(end2(1, 2), 6.0)
     assert isinstance(arrived, Arrived)
     assert arrived.codecs == {RAW: first.num_bytes, "int8": 100}
+    assert arrived.quality == "high", "as good as the worst of it"
     assert (arrived.num_bytes, arrived.num_raw_bytes) == (
         first.num_bytes + 100,
         20 * LAYOUT.bytes_per_token,
