@@ -82,7 +82,10 @@ class Controller:
 
     async def _start_router(self) -> None:
         spec = RouterSpec(
-            router_id="router-0", model=self._config.model, config=self._config.router
+            router_id="router-0",
+            model=self._config.model,
+            config=self._config.router,
+            kv_quality=self._config.kv_transfer.quality_floor,
         )
         self._router = await self._launcher.start_router(spec)
         self._tell(f"router-0 is up (pid {self._router.info.pid})")

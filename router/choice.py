@@ -116,6 +116,7 @@ class Choice:
             priority=self.spec.priority,
             deadline_in_s=max(0.0, self.deadline_at - now),
             tenant=self.spec.cache_salt,
+            kv_quality=self.spec.kv_quality,
         )
 
     def release(self) -> None:

@@ -26,6 +26,7 @@ class GenerateSpec:
     n: independent continuations; choice i draws with seed + i.
     timeout_s: from arrival, all hops together; the deadline travels with the request.
     cache_salt: cached prompts are shared among requests of the same salt; "" is one too.
+    kv_quality: the floor of what hand-overs may do to its KV; "" leaves it to the workers.
     """
 
     request_id: RequestId
@@ -37,6 +38,7 @@ class GenerateSpec:
     timeout_s: float = 600.0
     skip_special_tokens: bool = True
     cache_salt: str = ""
+    kv_quality: str = ""
 
 
 @dataclass(frozen=True, slots=True)

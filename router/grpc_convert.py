@@ -72,6 +72,7 @@ def raw_request(request: pb.GenerateRequest | pb.ChatRequest) -> RawRequest:
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
         constraint=constraint_of(sampling),
         cache_salt=request.cache_salt if request.HasField("cache_salt") else None,
+        kv_quality=request.kv_quality if request.HasField("kv_quality") else None,
     )
 
 

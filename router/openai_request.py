@@ -132,6 +132,7 @@ def _common(request: CommonRequest) -> RawRequest:
         prompt_logprobs=request.prompt_logprobs,
         constraint=constraint_of(request),
         cache_salt=request.cache_salt,
+        kv_quality=request.kv_quality,
     )
 
 

@@ -20,10 +20,11 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 
 class CommonRequest(StructuredFields, frozen=True, kw_only=True):
-    """What both kinds of completion share. ``timeout_s``, ``priority``, ``request_id``
-    and ``bad_token_ids`` are Baton's own; ``top_k``, ``min_p``, ``repetition_penalty``,
-    ``ignore_eos``, ``min_tokens``, ``stop_token_ids``, ``allowed_token_ids``, ``bad_words``,
-    ``prompt_logprobs``, ``skip_special_tokens`` and ``cache_salt`` are what vLLM takes as well.
+    """What both kinds of completion share. ``timeout_s``, ``priority``, ``request_id``,
+    ``kv_quality`` and ``bad_token_ids`` are Baton's own; ``top_k``, ``min_p``,
+    ``repetition_penalty``, ``ignore_eos``, ``min_tokens``, ``stop_token_ids``,
+    ``allowed_token_ids``, ``bad_words``, ``prompt_logprobs``, ``skip_special_tokens`` and
+    ``cache_salt`` are what vLLM takes as well.
     """
 
     model: str | None = None
@@ -51,6 +52,7 @@ class CommonRequest(StructuredFields, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    kv_quality: str | None = None
     timeout_s: float | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -47,6 +47,7 @@ class RawRequest:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     cache_salt: str | None = None
+    kv_quality: str | None = None
 
     @property
     def num_text_chars(self) -> int:

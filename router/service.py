@@ -36,7 +36,7 @@ class RouterService:
         tokenizer = Tokenizer.load(folder)
         chat_template = ChatTemplate.load(folder)
         model = _model_info(spec.model)
-        validator = Validator(model, tokenizer, chat_template, spec.config)
+        validator = Validator(model, tokenizer, chat_template, spec.config, spec.kv_quality)
         incarnation = new_incarnation()
         epoch = time.time_ns()
         self._context = zmq.asyncio.Context()

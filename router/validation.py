@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from baton.protocol.block_hash import KV_FLOORS
 from baton.protocol.config import RouterConfig
 from baton.protocol.errors import InvalidRequest, PromptTooLong, UnknownModel
 from baton.protocol.ids import (
@@ -49,7 +50,10 @@ class Validator:
         tokenizer: Tokenizer,
         chat_template: ChatTemplate,
         config: RouterConfig,
+        kv_quality: str = "",
     ) -> None:
+        """kv_quality: of requests that name none."""
+        self._kv_quality = kv_quality
         self._model = model
         self._tokenizer = tokenizer
         self._chat_template = chat_template
@@ -66,6 +70,7 @@ class Validator:
         priority = integer("priority", raw.priority, 0, -limits.MAX_PRIORITY, limits.MAX_PRIORITY)
         timeout_s = self._timeout_s(raw.timeout_s)
         cache_salt = _cache_salt(raw.cache_salt)
+        kv_quality = _kv_quality(raw.kv_quality, self._kv_quality)
         skip_special_tokens = flag("skip_special_tokens", raw.skip_special_tokens, True)
         prompt_ids = self._prompt_ids(raw)
         default = DEFAULT_MAX_TOKENS if raw.messages is None else self._model.max_model_len
@@ -83,6 +88,7 @@ class Validator:
             timeout_s=timeout_s,
             skip_special_tokens=skip_special_tokens,
             cache_salt=cache_salt,
+            kv_quality=kv_quality,
         )
         check_together([spec])
         return spec
@@ -221,6 +227,17 @@ def _cache_salt(value: str | None) -> str:
             param="cache_salt",
         )
     check_text("cache_salt", value)
+    return value
+
+
+def _kv_quality(value: str | None, default: str) -> str:
+    if value is None:
+        return default
+    if value not in KV_FLOORS:
+        allowed = ", ".join(KV_FLOORS)
+        raise InvalidRequest(
+            f"kv_quality is {shown(value)}; allowed: {allowed}", param="kv_quality"
+        )
     return value
 
 

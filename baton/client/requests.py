@@ -18,7 +18,7 @@ from baton.protocol.ids import new_request_id
 Prompt = str | Sequence[int]
 """Text, tokenised by the router, or token ids, taken as they are."""
 
-_IN_REQUEST = ("priority", "model", "cache_salt", "request_id", "timeout")
+_IN_REQUEST = ("priority", "model", "cache_salt", "kv_quality", "request_id", "timeout")
 _IN_SAMPLING = tuple(name for name in Options.__annotations__ if name not in _IN_REQUEST)
 _STRUCTURED = ("json_schema", "json_object", "regex", "grammar", "choice")
 

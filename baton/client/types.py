@@ -76,6 +76,9 @@ class Options(TypedDict, total=False):
     """Greater goes first among waiting requests (0)."""
     cache_salt: str
     """Cached prompts are shared only among requests of the same salt (none, which share too)."""
+    kv_quality: str
+    """The least that the prompt's KV may be after it was handed over: "exact", "lossless", "high",
+    "medium" or "low" (the cluster's)."""
     request_id: str
     """Idempotency key, also the name for ``abort`` (a fresh one)."""
     model: str

@@ -105,6 +105,9 @@ class RequestBody(msgspec.Struct, frozen=True, array_like=True):
     deadline_in_s: Seconds
     tenant: Text = ""
     """Requests share cached prompts within one tenant only."""
+    kv_quality: Text = ""
+    """The floor of what a hand-over may do to its KV, one of ``block_hash.KV_FLOORS``; "" is the
+    cluster's."""
 
 
 class Dispatch(Message, frozen=True):

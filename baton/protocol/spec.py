@@ -31,6 +31,8 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     router_id: str
     model: ModelConfig
     config: RouterConfig
+    kv_quality: str = ""
+    """The floor of requests that name none."""
 
 
 class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):

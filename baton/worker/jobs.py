@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 from baton.engine.plan import StepPlan
 from baton.engine.scheduler import NewToken, Scheduler, Sequence
+from baton.protocol.block_hash import classes_for
 from baton.protocol.constraint import Constraint
 from baton.protocol.messages import HopTimes, RequestBody, TokenItem
 from baton.worker.events import CompileGrammar, ForgetGrammar
@@ -160,6 +161,7 @@ def sequence_of(seq_id: str, body: RequestBody) -> Sequence:
         body.sampling,
         body.priority,
         tenant=body.tenant,
+        accepts=classes_for(body.kv_quality),
     )
 
 

@@ -78,6 +78,7 @@ def test_every_option_reaches_the_core(client, plain):
         skip_special_tokens=False,
         priority=-4,
         cache_salt="mine alone",
+        kv_quality="exact",
         request_id="mine",
         model="scripted",
         timeout=12.0,
@@ -85,7 +86,7 @@ def test_every_option_reaches_the_core(client, plain):
     spec = plain.frontend.specs[-1]
     assert (spec.request_id, spec.prompt_ids, spec.n) == ("mine", (1, 2, 3), 2)
     assert (spec.stop, spec.priority, spec.skip_special_tokens) == (("END",), -4, False)
-    assert spec.cache_salt == "mine alone"
+    assert (spec.cache_salt, spec.kv_quality) == ("mine alone", "exact")
     assert 11 < spec.timeout_s <= 12.0
     sampling = spec.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (7, 0.0, 0.5)

@@ -101,6 +101,12 @@ NAMED = {
     "empty cache_salt of a chat": (chat(cache_salt=""), "cache_salt", "allowed: 1 to 256"),
     "cache_salt over the cap": (completion(cache_salt="s" * 257), "cache_salt", "257"),
     "cache_salt of wrong type": (completion(cache_salt=7), "cache_salt", "got `int`"),
+    "unknown kv_quality": (
+        completion(kv_quality="best"),
+        "kv_quality",
+        "'best'; allowed: exact, lossless, high, medium, low",
+    ),
+    "empty kv_quality of a chat": (chat(kv_quality=""), "kv_quality", "allowed: exact"),
     "timeout 0": (completion(timeout_s=0), "timeout_s", "0"),
     "timeout over the cap": (completion(timeout_s=1e9), "timeout_s", "1000000000.0"),
     "request id with a slash": (completion(request_id="a/b"), "request_id", "'a/b'"),

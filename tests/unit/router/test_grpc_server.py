@@ -91,6 +91,7 @@ async def test_a_request_reaches_the_core_as_it_was_written(stub, frontend):
                 priority=-4,
                 timeout_s=12.5,
                 cache_salt="mine alone",
+                kv_quality="high",
             )
         )
     )
@@ -98,6 +99,7 @@ async def test_a_request_reaches_the_core_as_it_was_written(stub, frontend):
     assert (spec.request_id, spec.prompt_ids, spec.n) == ("mine", (1, 2, 3), 2)
     assert (spec.stop, spec.priority, spec.timeout_s) == (("END",), -4, 12.5)
     assert (spec.skip_special_tokens, spec.cache_salt) == (False, "mine alone")
+    assert spec.kv_quality == "high"
     sampling = spec.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (7, 0.0, 0.5)
     assert (sampling.top_k, sampling.seed, sampling.num_logprobs) == (3, 11, 0)

@@ -429,14 +429,15 @@ async def test_every_sampling_field_reaches_the_core(client, frontend):
     )
 
 
-async def test_a_cache_salt_reaches_the_core(client, frontend):
-    salted = {"cache_salt": "mine alone"}
+async def test_a_cache_salt_and_a_kv_quality_reach_the_core(client, frontend):
+    salted = {"cache_salt": "mine alone", "kv_quality": "low"}
     await client.completions.create(model=MODEL, prompt=["x", "y"], extra_body=salted)
     await client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "x"}], extra_body=salted
     )
     await client.completions.create(model=MODEL, prompt="x", extra_body={"cache_salt": None})
     assert [spec.cache_salt for spec in frontend.specs] == ["mine alone"] * 3 + [""]
+    assert [spec.kv_quality for spec in frontend.specs] == ["low"] * 3 + [""]
 
 
 # --- echo and the prompt's log-probabilities

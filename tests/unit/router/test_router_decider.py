@@ -246,6 +246,12 @@ def test_choices_of_one_request_are_placed_apart_and_end_alone() -> None:
     router.idle()
 
 
+def test_a_floor_for_its_kv_goes_with_every_choice() -> None:
+    router = Router("m-0")
+    said = router.dispatched(spec(n=2, kv_quality="high"))
+    assert {body_of(said).kv_quality, body_of(said, 1).kv_quality} == {"high"}
+
+
 def test_a_cache_salt_goes_with_every_choice_and_every_attempt() -> None:
     router = Router("m-0", "m-1")
     said = router.dispatched(spec(n=2, cache_salt="mine"))

@@ -56,11 +56,13 @@ def test_what_was_said_is_kept(validator):
         timeout_s=1.5,
         skip_special_tokens=False,
         cache_salt="s" * limits.MAX_CACHE_SALT_CHARS,
+        kv_quality="medium",
     )
     spec = validator.generate_spec(raw)
     assert (spec.request_id, spec.prompt_ids, spec.n) == ("mine", (1, 511), 3)
     assert (spec.stop, spec.priority, spec.timeout_s) == (("a",), -5, 1.5)
     assert (spec.skip_special_tokens, spec.cache_salt) == (False, "s" * 256)
+    assert spec.kv_quality == "medium"
     sampling = spec.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (254, 0.0, 0.25)
     assert (sampling.top_k, sampling.seed, sampling.num_logprobs) == (0, MAX_SEED - 2, 0)
@@ -105,6 +107,7 @@ def test_exactly_one_form_of_prompt(validator, raw):
         (RawRequest(prompt="a", request_id=""), "request_id"),
         (RawRequest(prompt="a", cache_salt="\ud800"), "cache_salt"),
         (RawRequest(prompt="a", cache_salt=b"x"), "cache_salt"),
+        (RawRequest(prompt="a", kv_quality=["low"]), "kv_quality"),
     ],
 )
 def test_values_that_json_cannot_carry_are_refused_as_well(validator, raw, param):
@@ -112,6 +115,13 @@ def test_values_that_json_cannot_carry_are_refused_as_well(validator, raw, param
     with pytest.raises(InvalidRequest) as caught:
         validator.generate_spec(raw)
     assert caught.value.param == param
+
+
+def test_who_names_no_floor_gets_the_clusters():
+    model, tokenizer, template = MODEL, tiny_tokenizer(), tiny_template()
+    validator = Validator(model, tokenizer, template, RouterConfig(), "high")
+    assert validator.generate_spec(RawRequest(prompt="a")).kv_quality == "high"
+    assert validator.generate_spec(RawRequest(prompt="a", kv_quality="exact")).kv_quality == "exact"
 
 
 def test_a_refused_salt_is_not_repeated(validator):
