@@ -35,13 +35,22 @@ def recorded_kv() -> NDArray[np.float32]:
     return values
 
 
-def as_version_1_reads(message: Message, recorded: str) -> list[Any]:
-    """The fields of ``message`` that a peer reads whose own message, of the same kind, is
-    ``recorded``: it takes those that it knows, in their order, and no others."""
-    fields: list[Any] = msgpack.unpackb(encode(message))
-    return fields[: len(plain(recorded))]
+def as_version_1_reads(message: Message, recorded: str) -> Any:
+    """What a peer reads of ``message`` whose own message, of the same kind, is ``recorded``: of
+    every struct those fields that it knows, in their order, and no others."""
+    return _known(msgpack.unpackb(encode(message)), plain(recorded))
 
 
-def plain(recorded: str) -> list[Any]:
-    fields: list[Any] = msgpack.unpackb(bytes.fromhex(recorded))
-    return fields
+def _known(ours: Any, theirs: Any) -> Any:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return {key: _known(ours[key], theirs[key]) for key in theirs if key in ours}
+    if not isinstance(ours, list) or not isinstance(theirs, list):
+        return ours
+    if all(isinstance(item, int) for item in ours):
+        return ours  # Token ids are no struct.
+    known = [_known(o, t) for o, t in zip(ours, theirs, strict=False)]
+    return known if len(ours) >= len(theirs) else ours
+
+
+def plain(recorded: str) -> Any:
+    return msgpack.unpackb(bytes.fromhex(recorded))
