@@ -14,11 +14,19 @@ import msgspec
 from baton.checkpoint.find import resolve
 from baton.checkpoint.spec import ModelSpec, load_spec
 from baton.engine.parallel.shard import allowed_sizes, refusals
-from baton.protocol.config import ModelConfig, NetworkConfig, PoolConfig, Replicas, RouterConfig
+from baton.protocol.config import (
+    KvTransferConfig,
+    ModelConfig,
+    NetworkConfig,
+    PoolConfig,
+    Replicas,
+    RouterConfig,
+)
 from baton.protocol.errors import ConfigError
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 NODE_HOST = "node"
+LOSSLESS_CODECS = ("auto", "raw", "split", "entropy")
 
 Found = tuple[str, str]
 """(path, message) of one problem."""
@@ -44,6 +52,9 @@ def check_sections(data: Mapping[str, Any]) -> Iterator[Found]:
         yield from _check_model(model, pools)
         if model.deterministic:
             yield from _check_alike(pools)
+    transfer = _convert(data.get("kv_transfer", {}), KvTransferConfig)
+    if transfer is not None:
+        yield from _check_codec(transfer)
     router = _convert(data.get("router", {}), RouterConfig)
     if router is not None:
         yield from _check_router(router)
@@ -137,6 +148,17 @@ def _check_alike(pools: Mapping[str, PoolConfig]) -> Iterator[Found]:
                     f"is {own} and {other} in pool {first.name}, which adds up in another order; "
                     "make them equal, or set model.deterministic to false",
                 )
+
+
+def _check_codec(transfer: KvTransferConfig) -> Iterator[Found]:
+    lossy = transfer.codec not in LOSSLESS_CODECS
+    if lossy and transfer.quality_floor in ("exact", "lossless"):
+        yield (
+            "kv_transfer.codec",
+            f"is {transfer.codec}, which changes KV, and quality_floor is "
+            f"{transfer.quality_floor}: nothing could go through it; lower quality_floor, or take "
+            f"one of {', '.join(LOSSLESS_CODECS)}",
+        )
 
 
 def _check_network(network: NetworkConfig) -> Iterator[Found]:

@@ -102,8 +102,14 @@ class KvTransferConfig(_Section, frozen=True):
     """How KV travels. "auto": shared memory between workers of one host, else ZeroMQ over TCP;
     ``baton status`` says which it took and why. ZeroMQ carries wherever another link was lost.
     gloo and nccl are torch.distributed's; nccl and cuda_ipc want GPUs at both ends."""
-    codec: Literal["auto", "raw"] = "auto"
-    quality_floor: Literal["exact", "lossless"] = "lossless"
+    codec: Literal[
+        "auto", "raw", "split", "entropy", "int8", "fp8", "int4", "kv1", "kv2", "kv3", "kv4"
+    ] = "auto"
+    """"auto": each chunk by what is predicted to be over soonest. Another: always that one, where
+    the request's floor allows it, else raw."""
+    quality_floor: Literal["exact", "lossless", "high", "medium", "low"] = "lossless"
+    """Of requests that name none: "exact" is the bits that prefill computed, "lossless" those or
+    computed again from the tokens; below that lossy codecs may be used, as good as that."""
     max_frame_bytes: Annotated[int, Meta(ge=4_096, le=64 * 2**20)] = 1 * 2**20
     lease_s: PositiveFloat = 10.0
     """A decode reservation dies when its prefill side was silent for so long."""

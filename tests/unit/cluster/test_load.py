@@ -51,6 +51,16 @@ def test_good_file_gives_the_structs_with_their_defaults() -> None:
     assert config.kv_transfer.quality_floor == "lossless"
 
 
+def test_a_lossy_codec_wants_a_floor_that_allows_it() -> None:
+    transfer = "kv_transfer: {codec: int8}\n"
+    line, path, message = only(GOOD + transfer)
+    assert (line, path) == (8, "kv_transfer.codec")
+    assert message.startswith("is int8, which changes KV, and quality_floor is lossless")
+    config = parse(GOOD + "kv_transfer: {codec: int8, quality_floor: high}\n").kv_transfer
+    assert (config.codec, config.quality_floor) == ("int8", "high")
+    assert parse(GOOD + "kv_transfer: {codec: entropy}\n").kv_transfer.codec == "entropy"
+
+
 @pytest.mark.parametrize("name", ["local.yaml", "colocated.yaml"])
 def test_examples_are_valid(name: str) -> None:
     config = load_config(EXAMPLES / name)
