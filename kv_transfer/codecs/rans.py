@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kv_transfer.codecs.contract import CodecError
+from kv_transfer.codecs.rans_fill import fill
 
 PROB_BITS = 12
 PROB_SCALE = 1 << PROB_BITS
@@ -37,7 +38,6 @@ STATE_BYTES = 4
 WORD_BYTES = 2
 MAX_LANES = 1024
 _SYMBOLS_PER_LANE = 4096
-_RECIPROCAL_SHIFT = 44
 
 U8 = NDArray[np.uint8]
 
@@ -68,19 +68,14 @@ class RansTables:
             raise CodecError(f"a frequency is {freqs.min()} or {freqs.max()}, allowed are 0..4095")
         if (freqs.sum(axis=1) != PROB_SCALE).any():
             raise CodecError(f"frequencies of a table add up to {freqs.sum(axis=1)}, not 4096")
-        begins = np.cumsum(freqs, axis=1) - freqs
-        symbols = np.tile(np.arange(alphabet, dtype=np.uint8), num_tables)
-        symbol_of = np.repeat(symbols, freqs.reshape(-1)).reshape(num_tables, PROB_SCALE)
-        spans = np.zeros((num_tables, 1 << (alphabet - 1).bit_length()), np.uint32)
-        spans[:, :alphabet] = begins << 16 | freqs
-        divisors = np.maximum(spans & 0xFFFF, 1).astype(np.int64)
-        coding = np.stack([-(-(1 << _RECIPROCAL_SHIFT) // divisors), spans], axis=2)
+        row = 1 << (alphabet - 1).bit_length()
         derived: dict[str, NDArray[Any]] = {
             "frequencies": freqs,
-            "symbol_of": symbol_of,
-            "spans": spans,
-            "coding": coding.astype(np.uint64),
+            "symbol_of": np.empty((num_tables, PROB_SCALE), np.uint8),
+            "spans": np.zeros((num_tables, row), np.uint32),
+            "coding": np.empty((num_tables, row, 2), np.uint64),
         }
+        fill(freqs, derived["symbol_of"], derived["spans"], derived["coding"])
         for name, array in derived.items():
             array.setflags(write=False)
             object.__setattr__(self, name, array)

@@ -96,6 +96,19 @@ def test_wrong_tables_are_refused(frequencies):
         rans.RansTables(np.array(frequencies))
 
 
+def test_what_tables_derive_is_what_they_say():
+    frequencies = np.array([[1, 0, 4095], [2000, 2095, 1]])
+    tables = rans.RansTables(frequencies)
+    assert tables.log_row == 2
+    for table, row in enumerate(frequencies):
+        assert np.repeat(np.arange(3), row).tolist() == tables.symbol_of[table].tolist()
+        begins = np.cumsum(row) - row
+        assert tables.spans[table].tolist() == [*(begins << 16 | row), 0]
+        assert tables.coding[table, :, 1].tolist() == tables.spans[table].tolist()
+        expected = [-(-(1 << 44) // max(int(f), 1)) for f in (*row, 0)]
+        assert tables.coding[table, :, 0].tolist() == expected
+
+
 def test_division_by_reciprocal_is_exact():
     """At the ends of the range of states and around every multiple of the divisor there."""
     for freq in (1, 2, 3, 5, 7, 1023, 2047, 2049, 4093, 4095):
