@@ -16,7 +16,6 @@ from baton.worker.events import ShellFacts
 from baton.worker.shell import WorkerShell
 from decode_worker.decider import DecodeDecider, EndArrived
 from decode_worker.kv_input import KvInput
-from kv_transfer.codecs.registry import WITHOUT_PROFILE
 from kv_transfer.coding import KvCoding
 from kv_transfer.instructions import ToPrefill, WriteKv
 from kv_transfer.puller import KvPuller
@@ -44,8 +43,9 @@ class DecodeService:
             num_layers=executor.spec.num_layers,
         )
         scheduler.set_rates(executor.swap_rates)
-        self._coding = KvCoding(executor.layout)
-        codecs = self._coding.qualities(WITHOUT_PROFILE)
+        self._coding = KvCoding.of_model(spec.model.path, executor.layout)
+        names = self._coding.decodable(spec.kv_transfer.codec)
+        codecs = self._coding.qualities(names)
         self.decider = DecodeDecider(
             spec.worker_id,
             incarnation,
@@ -53,7 +53,14 @@ class DecodeService:
             engine,
             pool,
             scheduler,
-            Receiver(pool, executor.layout, engine, spec.kv_transfer, codecs),
+            Receiver(
+                pool,
+                executor.layout,
+                engine,
+                spec.kv_transfer,
+                codecs,
+                self._coding.labels(names),
+            ),
             executor.spec.vocab_size,
         )
         self._context = zmq.asyncio.Context()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
+from baton.checkpoint.find import resolve
 from baton.protocol.layout import KvGroup, KvLayout
 from kv_transfer.codecs import registry
 from kv_transfer.codecs.contract import Array, Bytes, Codec, KvPart, Quality, array_dtype
+from kv_transfer.codecs.lossy_profile import Profile, find_profile
 from kv_transfer.frames import RAW, FrameCut
 
+AUTO = "auto"
 T = TypeVar("T")
 
 
@@ -26,13 +29,34 @@ class _Geometry:
 
 
 class KvCoding:
-    """Thread-safe where said. ``close`` when no more work is given."""
+    """profile: of the model, for the codecs that need one. ``close`` when no more work is given."""
 
-    def __init__(self, layout: KvLayout, make: Callable[[str, _Geometry], Codec] = registry.make):
+    def __init__(self, layout: KvLayout, profile: Profile | None = None) -> None:
         self._layout = layout
-        self._make = make
+        self._profile = profile
         self._made: dict[tuple[str, _Geometry], Codec] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv codec")
+
+    @classmethod
+    def of_model(cls, path_or_name: str, layout: KvLayout) -> KvCoding:
+        """Raises ConfigError for a profile that was made from other weights."""
+        return cls(layout, find_profile(resolve(path_or_name), layout.model_digest))
+
+    def names(self, wanted: str) -> tuple[str, ...]:
+        """wanted: a codec's name, or "auto" for all that were measured on this model."""
+        if wanted == AUTO:
+            lossy = () if self._profile is None else registry.LOSSY
+            return (*registry.WITHOUT_PROFILE, *lossy)
+        return tuple(dict.fromkeys((RAW, wanted)))
+
+    def decodable(self, wanted: str) -> tuple[str, ...]:
+        """At the other end of one who sends ``names(wanted)``, or anything else."""
+        return tuple(dict.fromkeys((*self.names(AUTO), *self.names(wanted))))
+
+    def labels(self, names: Iterable[str]) -> Mapping[str, str]:
+        """What both ends must have in common to use a codec of that name."""
+        digest = "plain" if self._profile is None else self._profile.digest().hex()
+        return {name: f"{name}@{digest}" if name in registry.LOSSY else name for name in names}
 
     def qualities(self, names: tuple[str, ...]) -> Mapping[str, Quality]:
         """Of each of the codecs named, ``raw`` first."""
@@ -80,7 +104,9 @@ class KvCoding:
     def _codec(self, name: str, geometry: _Geometry) -> Codec:
         codec = self._made.get((name, geometry))
         if codec is None:
-            codec = self._made[name, geometry] = self._make(name, geometry)
+            codec = self._made[name, geometry] = registry.make(
+                name, geometry, profile=self._profile
+            )
         return codec
 
 

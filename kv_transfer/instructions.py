@@ -38,6 +38,8 @@ class PushKv:
     """That may be used: both ends have them, and they keep the request's floor."""
     may_recompute: bool = False
     """Whether the decode side may be left to compute rows itself."""
+    computed_at: float = field(default=0.0, compare=False)
+    """When the rest of the prompt is expected to be computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class CancelPush:
     """Forget what is queued for a transfer: its blocks are about to be someone else's."""
 
     transfer_id: str
+    is_committed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

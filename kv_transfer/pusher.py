@@ -19,8 +19,10 @@ from baton.messaging.codec import encode
 from baton.protocol.layout import KvLayout
 from baton.protocol.messages import KvFrame, KvProgress, TransferEnd
 from kv_transfer.coding import KvCoding
+from kv_transfer.controller import RECOMPUTE, CodecController, Rest
 from kv_transfer.frames import RAW, FrameCut, Framing, end_checksum, frame_checksum, framings_of
 from kv_transfer.instructions import PushEnd, PushKv
+from kv_transfer.sent_rows import SentRows
 from kv_transfer.transports import in_process, shared_memory
 from kv_transfer.transports.contract import KvOutlet
 from kv_transfer.window import STALL_S, Window
@@ -29,22 +31,16 @@ ReadKv = Callable[[tuple[int, ...], FrameCut, memoryview | None], memoryview]
 """A contiguous copy of a rectangle of KV, ``[layers, 2, tokens, kv_heads, head_dim]``: in the
 memory given, which it fills, or else in memory of its own."""
 
-Choose = Callable[[PushKv, FrameCut, int], str]
-"""The codec of a frame of so many raw bytes: one of the job's."""
-
 NEAR = (in_process.KIND, shared_memory.KIND)
 """What copies as fast as any window could tell."""
-
-
-def first_choice(job: PushKv, cut: FrameCut, num_bytes: int) -> str:
-    return job.codecs[-1] if job.codecs else RAW
 
 
 class KvPusher:
     """One link to one decode worker. ``run`` sends jobs in the order they were put.
 
-    coding: what codes; without it all frames are raw. reads_beside: KV is read in its thread
-    too, since reading may wait.
+    coding: what codes; without it all frames are raw. controller: chooses among a job's codecs;
+    without it the last of them is taken. reads_beside: KV is read in the codecs' thread too, since
+    reading may wait.
     """
 
     def __init__(
@@ -54,7 +50,7 @@ class KvPusher:
         read_kv: ReadKv,
         *,
         coding: KvCoding | None = None,
-        choose: Choose = first_choice,
+        controller: CodecController | None = None,
         reads_beside: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -62,7 +58,9 @@ class KvPusher:
         self._max_frame_bytes = max_frame_bytes
         self._read_kv = read_kv
         self._coding = coding
-        self._choose = choose
+        self._controller = controller
+        self._rows: dict[str, SentRows] = {}
+        """By transfer, until it is cancelled: its end may have to be said again."""
         self._reads_beside = reads_beside
         self._now = now
         self._jobs: deque[PushKv | PushEnd] = deque()
@@ -76,16 +74,22 @@ class KvPusher:
         self._jobs.append(job)
         self._wake.set()
 
-    def cancel(self, transfer_id: str) -> None:
+    def cancel(self, transfer_id: str, *, is_committed: bool = False) -> None:
         """Forget what is queued, and stop before the next frame of what is being sent."""
         self._jobs = deque(job for job in self._jobs if _transfer_of(job) != transfer_id)
         if self._current == transfer_id:
             self._cancelled_current = transfer_id
+        self._rows.pop(transfer_id, None)
         self.window.closed(transfer_id)
+        if self._controller is not None:
+            self._controller.closed(transfer_id, self._now(), is_committed=is_committed)
         self._moved.set()
 
     def progressed(self, progress: KvProgress) -> None:
-        if self.window.progressed(progress, self._now()):
+        now, p = self._now(), progress
+        if self._controller is not None:
+            self._controller.progressed(p.transfer_id, p.epoch, p.num_frames, p.decode_s, now)
+        if self.window.progressed(progress, now):
             self._moved.set()
 
     async def run(self, outlet: KvOutlet) -> None:
@@ -106,11 +110,17 @@ class KvPusher:
         if job.end.version < 2:
             return job.end
         lag_s = max(0.0, self._now() - job.prefilled_at)
-        end = msgspec.structs.replace(job.end, lag_s=lag_s)
+        rows = self._rows.get(job.end.transfer_id)
+        end = job.end if rows is None else rows.cut_short(job.end)
+        end = msgspec.structs.replace(end, lag_s=lag_s)
         return msgspec.structs.replace(end, checksum=end_checksum(end))
 
     async def _push(self, job: PushKv, outlet: KvOutlet) -> None:
         framing = self._framings[job.version]
+        rows = self._rows.get(job.transfer_id)
+        if rows is None or rows.epoch != job.epoch:
+            rows = SentRows(framing, job.epoch, job.num_tokens_total)
+            self._rows[job.transfer_id] = rows
         cuts = framing.cuts(
             job.token_start,
             job.num_tokens,
@@ -119,6 +129,8 @@ class KvPusher:
             layers=job.layers,
         )
         for index, cut in enumerate(cuts, job.first_index):
+            if rows.is_stopped:
+                return
             num_bytes = framing.num_bytes(cut)
             has_credit = job.version > 1 and outlet.kind not in NEAR
             if has_credit:
@@ -127,7 +139,11 @@ class KvPusher:
             # From here on the blocks may be read: they are the transfer's until it is cancelled.
             if self._is_cancelled(job):
                 return
-            codec = self._choose(job, cut, num_bytes)
+            began = self._now()
+            codec = self._choose(job, rows, num_bytes, is_near=not has_credit, now=began)
+            if codec == RECOMPUTE:
+                rows.stop()
+                return
             if codec == RAW and not self._reads_beside:
                 payload = self._read_kv(job.block_table, cut, room)
             else:
@@ -144,9 +160,38 @@ class KvPusher:
                     room[:] = payload
                     payload = room
             frame = _frame(job, framing, index, cut, codec, payload)
+            rows.add(cut)
             if has_credit:
-                self.window.sent(job.transfer_id, job.epoch, payload.nbytes, self._now())
+                self._sent(job, codec, num_bytes, payload.nbytes, began)
             await outlet.send(encode(frame), payload)
+
+    def _choose(
+        self, job: PushKv, rows: SentRows, num_bytes: int, *, is_near: bool, now: float
+    ) -> str:
+        """The codec of a frame of so many raw bytes, or RECOMPUTE."""
+        if self._controller is None:
+            return job.codecs[-1] if job.codecs else RAW
+        if is_near:
+            return RAW
+        computed_in_s = max(0.0, job.computed_at - now)
+        is_last = job.token_start + job.num_tokens == job.num_tokens_total
+        rest = Rest(
+            num_bytes=max(num_bytes, rows.num_bytes_total - rows.num_bytes),
+            frame_bytes=num_bytes,
+            num_tokens=job.num_tokens_total,
+            num_kept=rows.num_kept,
+            may_recompute=job.may_recompute and is_last and not computed_in_s,
+            computed_in_s=computed_in_s,
+        )
+        return self._controller.choose(job.transfer_id, job.codecs, rest, now).codec
+
+    def _sent(self, job: PushKv, codec: str, num_bytes: int, num_coded: int, began: float) -> None:
+        now = self._now()
+        self.window.sent(job.transfer_id, job.epoch, num_coded, now)
+        if self._controller is not None:
+            self._controller.sent(
+                job.transfer_id, job.epoch, codec, num_bytes, num_coded, now - began, now
+            )
 
     def _is_cancelled(self, job: PushKv) -> bool:
         return self._cancelled_current == job.transfer_id

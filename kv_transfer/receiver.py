@@ -36,12 +36,13 @@ from kv_transfer.incoming import Incoming
 from kv_transfer.instructions import Arrived, ReceiveInstruction, ToPrefill, WriteKv
 
 NO_OTHERS: Mapping[str, Quality] = {}
+NO_LABELS: Mapping[str, str] = {}
 MAX_WAITING = 8_192
 MAX_REMEMBERED = 4_096
 
 
 class Receiver:
-    """codecs: those that can be decoded here, ``raw`` aside."""
+    """codecs: those that can be decoded here, ``raw`` aside. labels: see ``KvCoding``."""
 
     def __init__(
         self,
@@ -50,11 +51,13 @@ class Receiver:
         engine: EngineConfig,
         config: KvTransferConfig,
         codecs: Mapping[str, Quality] = NO_OTHERS,
+        labels: Mapping[str, str] = NO_LABELS,
     ) -> None:
         self._pool = pool
         self._framings = framings_of(layout)
         self._qualities = {RAW: Quality.EXACT, **codecs}
         self._codecs = frozenset(self._qualities)
+        self._labels = tuple(sorted(labels.get(name, name) for name in self._codecs))
         self._engine = engine
         self._config = config
         self._open: dict[str, Incoming] = {}
@@ -164,7 +167,7 @@ class Receiver:
 
     def _granted(self, transfer_id: str, incoming: Incoming) -> ToPrefill:
         version = incoming.framing.version
-        codecs = tuple(sorted(incoming.codecs)) if version > 1 else ()
+        codecs = self._labels if version > 1 else ()
         granted = Granted(transfer_id, incoming.epoch, self._config.lease_s, version, codecs)
         return ToPrefill(incoming.peer_key, granted)
 

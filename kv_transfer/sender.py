@@ -33,6 +33,7 @@ from baton.protocol.messages import (
 )
 from kv_transfer.blocks import Blocks
 from kv_transfer.codecs.contract import Quality
+from kv_transfer.floors import allowed, floor_of, may_recompute
 from kv_transfer.frames import KV_VERSION, RAW, end_checksum, framings_of
 from kv_transfer.instructions import (
     CancelPush,
@@ -42,9 +43,10 @@ from kv_transfer.instructions import (
     SendInstruction,
     ToDecode,
 )
-from kv_transfer.overlap import PushRate, parts_of
+from kv_transfer.overlap import PushRate, StepRate, parts_of
 
 RENEWALS_PER_LEASE = 3
+NO_LABELS: Mapping[str, str] = {}
 EXACT_ALONE: Mapping[str, Quality] = {RAW: Quality.EXACT}
 
 
@@ -81,13 +83,16 @@ class Sender:
         layout: KvLayout,
         config: KvTransferConfig,
         codecs: Mapping[str, Quality] = EXACT_ALONE,
+        labels: Mapping[str, str] = NO_LABELS,
     ) -> None:
-        """codecs: those that this side may use, with ``raw``."""
+        """codecs: those that this side may use, with ``raw``. labels: see ``KvCoding``."""
         self._pool = pool
         self._layout = layout
         self._framings = framings_of(layout)
         self._config = config
         self._codecs = codecs
+        self._labels = labels
+        self._steps = StepRate()
         self._open: dict[str, _Outgoing] = {}
         self._rates: dict[WorkerRef, PushRate] = {}
         self._renew_at = 0.0
@@ -114,7 +119,7 @@ class Sender:
             decode=decode,
             num_tokens=len(body.prompt_ids) + len(body.output_ids),
             owner=owner_name(transfer_id),
-            floor=floor_of(body, self._config),
+            floor=floor_of(body.kv_quality, self._config.quality_floor),
             computed=[0] * self._layout.num_layers,
             sent=[0] * self._layout.num_layers,
         )
@@ -151,11 +156,18 @@ class Sender:
             out.computed[layer] = max(out.computed[layer], num_computed)
         return self._push(transfer_id, out, now)
 
-    def parts(self, transfer_id: str, num_tokens: int, compute_s: float, *, is_last: bool) -> int:
-        """In how many parts of layers a chunk of its prompt is best sent, that a step of
-        ``compute_s`` computes. is_last: what follows it waits for it."""
+    def ran(self, num_tokens: int, seconds: float) -> None:
+        """A step is over."""
+        self._steps.ran(num_tokens, seconds)
+
+    def parts(
+        self, transfer_id: str, num_tokens: int, num_step_tokens: int, *, is_last: bool
+    ) -> int:
+        """In how many parts of layers a chunk of its prompt is best sent, that a step of so many
+        tokens computes. is_last: what follows it waits for it."""
         out = self._open[transfer_id]
         rate = self._rates.get(out.decode)
+        compute_s = self._steps.seconds_per_token * num_step_tokens
         if rate is None or not rate.bytes_per_s or not compute_s:
             return 1
         link_s = num_tokens * self._layout.bytes_per_token / rate.bytes_per_s
@@ -196,8 +208,8 @@ class Sender:
         out.epoch, out.version = message.epoch, message.version
         out.codecs = tuple(
             name
-            for name, quality in self._codecs.items()
-            if name == RAW or (name in message.codecs and quality >= out.floor)
+            for name in allowed(self._codecs, out.floor)
+            if name == RAW or self._labels.get(name, name) in message.codecs
         )
         return self._push(message.transfer_id, out, now)
 
@@ -315,6 +327,13 @@ class Sender:
     def _rows(self, transfer_id: str, out: _Outgoing, now: float) -> Iterator[PushKv]:
         """What is final and not sent, as rectangles: neighbouring layers at one place."""
         framing = self._framings[out.version]
+        num_left = out.num_tokens - min(out.computed)
+        computed_at = now + self._steps.seconds_per_token * num_left
+        may_leave = (
+            out.version > 1
+            and self._config.codec == "auto"
+            and may_recompute(out.floor, is_deterministic=bool(self._layout.arithmetic))
+        )
         places = list(zip(out.sent, out.computed, strict=True))
         layer = 0
         for (sent, computed), same in groupby(places):
@@ -344,6 +363,8 @@ class Sender:
                     layers,
                     out.version,
                     out.codecs,
+                    may_leave,
+                    computed_at,
                 )
             out.num_frames += len(sizes)
         out.sent = list(out.computed)
@@ -358,15 +379,11 @@ class Sender:
         self._rate(out).closed(transfer_id)
         if holds_blocks:
             self._pool.release(out.owner, out.block_table)
-        cancel: list[SendInstruction] = [CancelPush(transfer_id)]
+        is_committed = event is SendEvent.ACK
+        cancel: list[SendInstruction] = [CancelPush(transfer_id, is_committed)]
         return cancel if closed is None else [*cancel, closed]
 
 
 def owner_name(transfer_id: str) -> str:
     """The name under which a transfer holds its source blocks after prefill."""
     return f"{transfer_id}#send"
-
-
-def floor_of(body: RequestBody, config: KvTransferConfig) -> Quality:
-    """The least quality that the request's KV may come in."""
-    return Quality[config.quality_floor.upper()]

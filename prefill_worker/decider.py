@@ -37,6 +37,7 @@ from baton.worker.events import (
 )
 from baton.worker.jobs import Jobs, sequence_of, token_item
 from baton.worker.load import load_report
+from kv_transfer.estimates import ComputeEstimate
 from kv_transfer.instructions import SendClosed, SendInstruction
 from kv_transfer.sender import Sender, owner_name
 from prefill_worker.jobs import PrefillJob
@@ -72,9 +73,10 @@ class PrefillDecider:
         sender: Sender,
         vocab_size: int,
         *,
+        compute: ComputeEstimate | None = None,
         is_layer_wise: bool = True,
     ) -> None:
-        """is_layer_wise: see ``StepRows``."""
+        """compute, is_layer_wise: see ``StepRows``."""
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._pool = pool
@@ -84,7 +86,7 @@ class PrefillDecider:
         self._desk = RouterDesk(worker_id, incarnation, ROLE, self._holds)
         self._jobs: Jobs[PrefillJob] = Jobs(scheduler)
         self._plan: StepPlan | None = None
-        self._rows = StepRows(sender, is_layer_wise=is_layer_wise)
+        self._rows = StepRows(sender, compute or ComputeEstimate(), is_layer_wise=is_layer_wise)
 
     @property
     def has_step_in_flight(self) -> bool:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from baton.engine.plan import SequenceChunk, StepPlan
+from kv_transfer.estimates import ComputeEstimate
 from kv_transfer.instructions import SendInstruction
-from kv_transfer.overlap import StepRate, layer_marks
+from kv_transfer.overlap import layer_marks
 from kv_transfer.sender import Sender
 
 
 class StepRows:
-    """is_layer_wise: KV can be read layer after layer while a step runs."""
+    """compute: learns what KV costs to compute, here as at the other end. is_layer_wise: KV can be
+    read layer after layer while a step runs."""
 
-    def __init__(self, sender: Sender, *, is_layer_wise: bool) -> None:
+    def __init__(self, sender: Sender, compute: ComputeEstimate, *, is_layer_wise: bool) -> None:
         self._sender = sender
         self._is_layer_wise = is_layer_wise
-        self._rate = StepRate()
+        self._compute = compute
 
     def marks(self, plan: StepPlan) -> tuple[int, ...]:
         """Layers behind which the sender wants to be told."""
         if not self._is_layer_wise:
             return ()
-        compute_s = self._rate.seconds_per_token * _num_tokens(plan)
+        num_tokens = _num_tokens(plan)
         parts = [
-            self._sender.parts(c.seq_id, len(c.token_ids), compute_s, is_last=c.samples)
+            self._sender.parts(c.seq_id, len(c.token_ids), num_tokens, is_last=c.samples)
             for c in plan.chunks
             if c.seq_id in self._sender and not c.num_layers
         ]
@@ -47,7 +49,10 @@ class StepRows:
         ]
 
     def ran(self, plan: StepPlan, seconds: float) -> None:
-        self._rate.ran(_num_tokens(plan), seconds)
+        self._sender.ran(_num_tokens(plan), seconds)
+        if len(plan.chunks) == 1 and not plan.chunks[0].num_layers:
+            [chunk] = plan.chunks
+            self._compute.computed(chunk.start, chunk.start + len(chunk.token_ids), seconds)
 
     def chunk_done(self, chunk: SequenceChunk, now: float) -> list[SendInstruction]:
         """Behind the step: all layers, or those of its group where a prompt goes through a group

@@ -16,7 +16,7 @@ import zmq.asyncio
 from baton.messaging.link import Link
 from baton.protocol.config import KvTransferConfig
 from baton.protocol.errors import IncompatiblePeer, WireError
-from baton.protocol.layout import KvLayout
+from baton.protocol.layout import KvLayout, why_not_unchanged
 from baton.protocol.messages import (
     AnyMessage,
     Hello,
@@ -28,6 +28,7 @@ from baton.protocol.messages import (
     WorkerRef,
 )
 from kv_transfer.coding import KvCoding
+from kv_transfer.controller import CodecController
 from kv_transfer.instructions import PushEnd, PushKv
 from kv_transfer.pusher import KvPusher, ReadKv
 from kv_transfer.transports.choose import offers_of
@@ -70,9 +71,10 @@ class DecodeLinks:
         on_message: Callable[[WorkerRef, AnyMessage], None],
         on_refused: Callable[[WorkerRef, str], None],
         coding: KvCoding | None = None,
+        make_controller: Callable[[], CodecController | None] = lambda: None,
         reads_beside: bool = False,
     ) -> None:
-        """coding, reads_beside: see ``KvPusher``."""
+        """coding, reads_beside: see ``KvPusher``. make_controller: called for each link."""
         self._context = context
         self._hello = hello
         self._layout = layout
@@ -81,6 +83,7 @@ class DecodeLinks:
         self._on_message = on_message
         self._on_refused = on_refused
         self._coding = coding
+        self._make_controller = make_controller
         self._reads_beside = reads_beside
         self._connections: dict[WorkerRef, _Connection] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -112,9 +115,9 @@ class DecodeLinks:
             connection.used_at = now
             connection.pusher.put(job)
 
-    def cancel_push(self, transfer_id: str) -> None:
+    def cancel_push(self, transfer_id: str, *, is_committed: bool = False) -> None:
         for connection in self._connections.values():
-            connection.pusher.cancel(transfer_id)
+            connection.pusher.cancel(transfer_id, is_committed=is_committed)
 
     def close_idle(self, now: float) -> None:
         for decode, connection in list(self._connections.items()):
@@ -145,6 +148,7 @@ class DecodeLinks:
             frame_bytes,
             self._read_kv,
             coding=self._coding,
+            controller=self._make_controller(),
             reads_beside=self._reads_beside,
         )
         uplink = Uplink(
@@ -170,12 +174,23 @@ class DecodeLinks:
             self._refuse(decode, reply.refusal)
         elif reply.incarnation != decode.incarnation:
             self._refuse(decode, f"{decode.worker_id} is another incarnation by now")
+        elif misfit := self._misfit(reply):
+            self._refuse(decode, f"KV does not fit {decode.worker_id}: {misfit}")
         elif not connection.is_greeted:
             assert self._group is not None
             connection.is_greeted = True
             carry = self._carry(decode, connection, offers_of(reply))
             task = self._group.create_task(carry, name=f"KV to {decode.worker_id}")
             connection.tasks.append(task)
+
+    def _misfit(self, reply: HelloReply) -> str:
+        """Known before there is any KV, but of peers of wire version 1, who say a fingerprint."""
+        if reply.layout is not None:
+            return why_not_unchanged(self._layout, reply.layout)
+        known = self._layout.fingerprint(1) if self._layout.is_uniform else ""
+        if reply.layout_fingerprint == known:
+            return ""
+        return "model folder, dtype or version differ"
 
     async def _carry(
         self, decode: WorkerRef, connection: _Connection, offers: tuple[KvOffer, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 
 import msgspec
 import zmq.asyncio
@@ -17,8 +18,11 @@ from baton.protocol.messages import AnyMessage, Hello, HelloReply, WorkerRef
 from baton.protocol.spec import WorkerSpec
 from baton.worker.events import ShellFacts
 from baton.worker.shell import WorkerShell
+from kv_transfer.codecs.contract import Quality
 from kv_transfer.coding import KvCoding
-from kv_transfer.frames import RAW, FrameCut
+from kv_transfer.controller import CodecController
+from kv_transfer.estimates import CodecEstimates, ComputeEstimate
+from kv_transfer.frames import FrameCut
 from kv_transfer.instructions import CancelPush, PushEnd, PushKv, ToDecode
 from kv_transfer.sender import Sender
 from prefill_worker.decider import ROLE, DecodeRefused, FromDecode, PrefillDecider
@@ -46,9 +50,11 @@ class PrefillService:
             num_layers=executor.spec.num_layers,
         )
         scheduler.set_rates(executor.swap_rates)
-        self._coding = KvCoding(executor.layout)
-        codecs = self._coding.qualities(codecs_of(spec.kv_transfer))
-        sender = Sender(pool, executor.layout, spec.kv_transfer, codecs)
+        self._coding = KvCoding.of_model(spec.model.path, executor.layout)
+        names = self._coding.names(spec.kv_transfer.codec)
+        codecs = self._coding.qualities(names)
+        sender = Sender(pool, executor.layout, spec.kv_transfer, codecs, self._coding.labels(names))
+        compute = ComputeEstimate()
         self.decider = PrefillDecider(
             spec.worker_id,
             incarnation,
@@ -56,6 +62,7 @@ class PrefillService:
             scheduler,
             sender,
             executor.spec.vocab_size,
+            compute=compute,
             # With several ranks KV is gathered from all of them, when they are done with a step.
             is_layer_wise=not executor.rank_fds,
         )
@@ -79,6 +86,7 @@ class PrefillService:
             on_message=self._on_decode_message,
             on_refused=self._on_decode_refused,
             coding=self._coding,
+            make_controller=_controllers(spec.kv_transfer, codecs, compute),
             reads_beside=bool(executor.rank_fds),
         )
 
@@ -115,8 +123,8 @@ class PrefillService:
                 self._links.send(decode, message, now)
             case PushKv() | PushEnd():
                 self._links.push(instruction, now)
-            case CancelPush(transfer_id):
-                self._links.cancel_push(transfer_id)
+            case CancelPush(transfer_id, is_committed):
+                self._links.cancel_push(transfer_id, is_committed=is_committed)
             case _:
                 raise AssertionError(f"unknown instruction {instruction!r}")
 
@@ -145,6 +153,9 @@ class PrefillService:
         )
 
 
-def codecs_of(config: KvTransferConfig) -> tuple[str, ...]:
-    """That may be used where both sides have them."""
-    return (RAW,) if config.codec in ("auto", RAW) else (RAW, config.codec)
+def _controllers(
+    config: KvTransferConfig, codecs: Mapping[str, Quality], compute: ComputeEstimate
+) -> Callable[[], CodecController | None]:
+    """Of each link; what codecs cost here is the same for all of them."""
+    costs = CodecEstimates()
+    return lambda: CodecController(codecs, costs, compute) if config.codec == "auto" else None

@@ -216,7 +216,7 @@ class Choice:
         if hop is None:
             return
         self.times.preemptions += hop.preemptions
-        if hop.transfer_frames:
+        if hop.transfer_frames or hop.recomputed_tokens:
             self.times.transfer = hop
             self.times.transfer_end_at = now - hop.first_step_s
         elif hop.num_chunks and (from_prefill or self.times.prefill is None):
@@ -259,10 +259,13 @@ class Choice:
                     transfer.transfer_s * 1e3,
                     {
                         "bytes": transfer.transfer_bytes,
+                        "raw_bytes": transfer.transfer_raw_bytes,
                         "frames": transfer.transfer_frames,
                         "codec": transfer.codec,
                         "transport": transfer.transport,
                         "reserve_wait_ms": round(transfer.reserve_wait_s * 1e3, 3),
+                        "exposed_ms": round(transfer.exposed_s * 1e3, 3),
+                        "recomputed_tokens": transfer.recomputed_tokens,
                     },
                 )
             )

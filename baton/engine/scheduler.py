@@ -129,9 +129,15 @@ class Scheduler:
         self._waiting.push(sequence)
 
     def add_computed(self, sequence: Sequence) -> None:
-        """Join a sequence whose blocks (owned under its seq_id) hold KV of ``num_computed``."""
-        assert sequence.block_table
-        assert sequence.num_computed == sequence.num_tokens - 1
+        """Join a sequence whose blocks (owned under its seq_id) hold KV of ``num_computed``.
+
+        Where that is not all but one, the blocks have room for all, and the rest is computed
+        here, in chunks.
+        """
+        left = sequence.num_tokens - sequence.num_computed
+        num_blocks = self.pool.blocks_for(sequence.num_tokens)
+        assert left > 0
+        assert left == 1 or len(sequence.block_table) >= num_blocks
         self._here.register(sequence)
         if self._cache is not None:
             self._cache.received(sequence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import msgspec
 import pytest
 
 from baton.engine.plan import SampledToken, SequenceChunk, StepPlan, StepResult
@@ -14,11 +15,13 @@ from baton.protocol.messages import (
     Granted,
     HopTimes,
     LeaseRenew,
+    RequestBody,
     Reserve,
     RouterAlive,
     TokenItem,
     TransferAck,
     TransferCancel,
+    TransferEnd,
     TransferNack,
 )
 from baton.worker.events import (
@@ -28,10 +31,12 @@ from baton.worker.events import (
     StepWanted,
     Tick,
 )
-from kv_transfer.frames import RAW
+from decode_worker.decider import EndArrived
+from kv_transfer.frames import KV_VERSION, RAW, end_checksum
 from kv_transfer.instructions import ToPrefill, WriteKv
 from tests.support.core import (
     LAYOUT,
+    ROW_BYTES,
     VOCAB_SIZE,
     body,
     run_plan,
@@ -45,6 +50,7 @@ from tests.support.deciders import (
     end,
     failure,
     frame,
+    transfer_of,
 )
 
 T = "r/0"
@@ -269,3 +275,49 @@ def test_what_was_received_is_cached_for_whoever_comes_next() -> None:
     for name in ("r", "s", "t"):
         decode.tell(Abort(name, 0))
     decode.idle()
+
+
+def arrive_short(decode: Decode, request: RequestBody, num_tokens: int) -> None:
+    """A hand-over of KV version 2 that ends behind so many tokens."""
+    transfer, newest = transfer_of(request), LAYOUT.fingerprint()
+    ask = Reserve(transfer, LAYOUT.fingerprint(1), request, KV_VERSION, newest)
+    [granted] = decode.prefill(ask)
+    epoch = granted.message.epoch
+    if num_tokens:
+        size = LAYOUT.num_layers * num_tokens * ROW_BYTES
+        change = {"num_tokens": num_tokens, "num_bytes": size, "fingerprint": newest}
+        decode.frame(frame(request, epoch, version=2, **change))
+    said = TransferEnd(transfer, epoch, int(num_tokens > 0), num_tokens, (42,), 2)
+    decode(EndArrived(msgspec.structs.replace(said, checksum=end_checksum(said))))
+
+
+@pytest.mark.parametrize("num_came", [0, 1, 8, 9])
+def test_what_did_not_come_is_computed_here_and_nothing_is_drawn_twice(num_came: int) -> None:
+    decode = Decode(max_num_batched_tokens=4)
+    request = body("r", 10, max_tokens=3, ignore_eos=True)
+    arrive_short(decode, request, num_came)
+    tokens = (*request.prompt_ids, 42)
+    items: list[TokenItem] = []
+    for start in range(num_came, 11, 4):
+        [run] = decode(StepWanted(), 1.0)
+        [chunk] = run.plan.chunks
+        stop = min(start + 4, 11)
+        assert (chunk.start, chunk.token_ids) == (start, tokens[start:stop])
+        assert chunk.samples == (stop == 11)
+        said = decode(StepDone(run_plan(run.plan)), 1.0)
+        items += [item for i in said for item in i.message.items]
+    [item] = items
+    assert (item.seq, len(item.token_ids)) == (1, 1)
+    assert item.hop is not None
+    assert item.hop.recomputed_tokens == 10 - num_came
+    assert decode.step()
+    decode.tell(ack(3))
+    decode.idle()
+
+
+def test_a_short_hand_over_beside_decodes_stays_within_the_budget() -> None:
+    decode = Decode(max_num_batched_tokens=4, num_blocks=16)
+    decode.arrive(body("a", 4, max_tokens=9, ignore_eos=True))
+    arrive_short(decode, body("r", 10, max_tokens=3, ignore_eos=True), 0)
+    [run] = decode(StepWanted(), 1.0)
+    assert [(c.seq_id, len(c.token_ids)) for c in run.plan.chunks] == [("a/0", 1), ("r/0", 3)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from baton.engine.block_pool import BlockPool
 from baton.protocol.messages import (
@@ -14,6 +15,7 @@ from baton.protocol.messages import (
     TransferNack,
     WorkerRef,
 )
+from kv_transfer.codecs.contract import Quality
 from kv_transfer.frames import KV_VERSION, RAW
 from kv_transfer.instructions import CancelPush, PushEnd, PushKv, SendClosed, ToDecode
 from kv_transfer.sender import Sender, owner_name
@@ -58,7 +60,7 @@ def test_granted_before_prefill_is_done_streams_chunk_after_chunk() -> None:
     assert sender.computed(T, table, 20, 2.0) == [push(table, 4, 1, 8, 12)]
     assert sender.prefill_done(T, (5,), 2.0) == [end(4, 2, 2.0)]
     assert (sender.num_parked, pool.num_free) == (0, 5)
-    assert sender.acked(TransferAck(T, 4), 3.0) == [CancelPush(T), SendClosed(T)]
+    assert sender.acked(TransferAck(T, 4), 3.0) == [CancelPush(T, is_committed=True), SendClosed(T)]
     assert (sender.num_open, pool.num_free) == (0, 8)
 
 
@@ -79,7 +81,7 @@ def test_a_nack_sends_all_again_under_the_new_epoch() -> None:
     assert sender.nacked(nack, 2.0) == [], "epoch 4 is dead already"
     assert sender.acked(TransferAck(T, 4), 2.0) == []
     assert pool.num_free == 5
-    assert sender.acked(TransferAck(T, 5), 2.0) == [CancelPush(T), SendClosed(T)]
+    assert sender.acked(TransferAck(T, 5), 2.0) == [CancelPush(T, is_committed=True), SendClosed(T)]
 
 
 def test_one_nack_too_many_fails_the_transfer() -> None:
@@ -166,3 +168,74 @@ def test_frames_are_counted_as_they_are_cut() -> None:
     # Three layers, seven tokens in frames of three: three frames a layer.
     assert sender.computed(T, table, 20, 0.0) == [push(table, 1, 9, 7, 13)]
     assert sender.prefill_done(T, (5,), 0.0) == [end(1, 9 + 15, 0.0)]
+
+
+CODECS = {
+    RAW: Quality.EXACT,
+    "split": Quality.EXACT,
+    "int8": Quality.HIGH,
+    "kv1": Quality.MEDIUM,
+}
+LABELS = {"kv1": "kv1@feed"}
+
+
+@pytest.mark.parametrize(
+    ("floor", "offered", "codecs", "may_recompute"),
+    [
+        ("", ("raw", "split", "int8", "kv1@feed"), ("raw", "split"), True),
+        ("exact", ("split",), ("raw", "split"), False),
+        ("lossless", ("int8",), ("raw",), True),
+        ("high", ("split", "int8", "kv1@feed"), ("raw", "split", "int8"), True),
+        ("low", ("kv1@feed",), ("raw", "kv1"), True),
+        ("low", ("kv1", "kv1@other"), ("raw",), True),
+    ],
+)
+def test_codecs_are_those_of_both_ends_that_keep_the_floor(
+    floor: str, offered: tuple[str, ...], codecs: tuple[str, ...], may_recompute: bool
+) -> None:
+    sender = Sender(BlockPool(8, 8), LAYOUT, transfer_config(), CODECS, LABELS)
+    sender.begin(T, DECODE, msgspec.structs.replace(BODY, kv_quality=floor), 0.0)
+    sender.granted(Granted(T, 4, 10.0, 2, offered), DECODE, 0.0)
+    [job] = sender.computed(T, (0, 1, 2), 20, 1.0)
+    assert isinstance(job, PushKv)
+    assert (job.codecs, job.may_recompute) == (codecs, may_recompute)
+
+
+def test_bits_that_come_out_the_same_may_be_computed_again_for_any_floor() -> None:
+    layout = msgspec.structs.replace(LAYOUT, arithmetic="fixed")
+    sender = Sender(BlockPool(8, 8), layout, transfer_config())
+    sender.begin(T, DECODE, msgspec.structs.replace(BODY, kv_quality="exact"), 0.0)
+    sender.granted(Granted(T, 4, 10.0, 2), DECODE, 0.0)
+    [job] = sender.computed(T, (0, 1, 2), 20, 1.0)
+    assert isinstance(job, PushKv)
+    assert job.may_recompute
+
+
+def test_a_version_that_was_not_asked_for_fails_the_transfer() -> None:
+    sender, _, _ = begun()
+    [cancel, _, closed] = sender.granted(Granted(T, 4, 10.0, 3), DECODE, 0.0)
+    assert cancel == CANCEL
+    assert isinstance(closed, SendClosed)
+    assert "KV version 3" in closed.message
+
+
+def test_layers_go_as_they_are_computed_and_all_of_them_once() -> None:
+    sender, _, table = begun()
+    sender.granted(Granted(T, 4, 10.0, 2), DECODE, 0.0)
+    places = [
+        [(job.layers, job.token_start, job.num_tokens, job.first_index) for job in pushed]
+        for pushed in (
+            sender.layers_computed(T, table, 12, 2, 1.0),
+            sender.layers_computed(T, table, 12, 2, 1.0),
+            sender.computed(T, table, 12, 1.0),
+            sender.layers_computed(T, table, 20, 1, 1.0),
+            sender.computed(T, table, 20, 1.0),
+        )
+    ]
+    assert places == [
+        [(range(2), 0, 12, 0)],
+        [],
+        [(range(2, 3), 0, 12, 1)],
+        [(range(1), 12, 8, 2)],
+        [(range(1, 3), 12, 8, 3)],
+    ]

@@ -97,7 +97,7 @@ def test_the_first_token_goes_to_the_router_and_the_kv_to_the_decode_worker() ->
     ]
     assert prefill.tell(ack(1), 4.0) == []
     assert prefill.decider.num_open == 1, "the KV is not acknowledged"
-    assert prefill.answer(TransferAck(T, 7), 5.0) == [CancelPush(T)]
+    assert prefill.answer(TransferAck(T, 7), 5.0) == [CancelPush(T, is_committed=True)]
     assert prefill.decider.num_open == 0
     prefill.idle()
 
