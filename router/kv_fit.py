@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from baton.protocol.layout import FITS, Fit, fit
+from baton.protocol.layout import FITS, Fit, fit, why_not_unchanged
 from router.members import Member
 
 
@@ -32,13 +32,8 @@ def why_none_fits(prefills: Sequence[Member], decodes: Sequence[Member]) -> str:
     pairs = [(kv_fit(p, d), p, d) for p in prefills[:8] for d in decodes[:8]]
     found, prefill, decode = max(pairs, key=lambda pair: pair[0].is_cast)
     reason = found.reason
-    if found.is_cast:
-        assert prefill.layout is not None
-        assert decode.layout is not None
-        reason = (
-            f"dtype {prefill.layout.dtype} at the prefill end, {decode.layout.dtype} at the "
-            "decode end; start both with one dtype"
-        )
+    if prefill.layout is not None and decode.layout is not None:
+        reason = why_not_unchanged(prefill.layout, decode.layout)
     return (
         f"no prefill worker's KV layout fits a decode worker's: {prefill.worker_id} to "
         f"{decode.worker_id}: {reason}"

@@ -239,6 +239,18 @@ def fit(source: KvLayout, target: KvLayout) -> Fit:
     return Fit(is_cast=True)
 
 
+def why_not_unchanged(source: KvLayout, target: KvLayout) -> str:
+    """Why KV of ``source`` cannot go to a worker whose KV is of ``target`` as it is, and the way
+    out; "" when it can."""
+    found = fit(source, target)
+    if not found.is_cast:
+        return found.reason
+    return (
+        f"dtype {source.dtype} at the prefill end, {target.dtype} at the decode end; start both "
+        "with one dtype"
+    )
+
+
 def _differ(what: str, source: str, target: str) -> Fit:
     return Fit(f"{what} {source} at the prefill end, {target} at the decode end")
 
