@@ -74,13 +74,8 @@ class PairGroup:
             options._devices = [gloo.create_device(hostname=own_host)]
             self._group = gloo(prefixed, rank, 2, options)
         else:
-            nccl = _DISTRIBUTED.ProcessGroupNCCL
-            options = nccl.Options()
-            options._timeout = timeout
-            options.config.blocking = 0
             self._device = torch.device("cuda", torch.cuda.current_device())
-            self._group = nccl(prefixed, rank, 2, options)
-            self._group.eager_connect_single_device(self._device)
+            self._group = nccl_group(prefixed, rank, 2, self._device)
 
     def send(self, payload: Tensor) -> None:
         """payload: uint8 in host memory; not written to before this returns."""
@@ -98,17 +93,32 @@ class PairGroup:
         work = move([tensor], self._other, self._num_moved)
         if self._device.type == "cpu":
             work.wait(timedelta(seconds=MOVE_DEADLINE_S))
-            return
-        # Waiting for NCCL's work makes the stream wait, not this thread.
-        end, pause = time.monotonic() + MOVE_DEADLINE_S, threading.Event()
-        while not work.is_completed():
-            if time.monotonic() > end:
-                raise RuntimeError(f"no word of the other side for {MOVE_DEADLINE_S:g} s")
-            pause.wait(_POLL_S)
-        if (exc := work.exception()) is not None:
-            raise exc
+        else:
+            wait_for_nccl(work)
 
     def abort(self) -> None:
         """From any thread; ends what another one waits for. May block (NCCL), so not on the
         event loop."""
         self._group.abort()
+
+
+def nccl_group(store: Any, rank: int, size: int, device: torch.device) -> Any:
+    """A communicator of its own, joined without blocking calls into NCCL."""
+    nccl = _DISTRIBUTED.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=CONNECT_DEADLINE_S)
+    options.config.blocking = 0
+    group = nccl(store, rank, size, options)
+    group.eager_connect_single_device(device)
+    return group
+
+
+def wait_for_nccl(work: Any) -> None:
+    """Its own wait makes a stream wait, not the thread. Raises RuntimeError at the deadline."""
+    end, pause = time.monotonic() + MOVE_DEADLINE_S, threading.Event()
+    while not work.is_completed():
+        if time.monotonic() > end:
+            raise RuntimeError(f"no word of the other side for {MOVE_DEADLINE_S:g} s")
+        pause.wait(_POLL_S)
+    if (exc := work.exception()) is not None:
+        raise RuntimeError(f"NCCL failed: {exc}")

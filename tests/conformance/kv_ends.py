@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import zmq
 import zmq.asyncio
 
 from baton.protocol.messages import KvOffer
 from kv_transfer.transports.contract import KvReceiver, KvSender, LinkLost, OnPart
+from kv_transfer.transports.cuda_driver import CudaDriver
 from kv_transfer.transports.make import make_receiver, make_sender
 from kv_transfer.transports.zeromq import TCP, CurveKeys, ZeroMqReceiver, ZeroMqSender
 
@@ -23,8 +26,12 @@ TIMEOUT_S = 30.0
 FRAME_BYTES = 2**20
 CURVE = "zeromq_curve"
 KINDS = ["in_process", "shared_memory", "zeromq", "zeromq_ipc", CURVE, "gloo"]
-BETWEEN_PROCESSES = [kind for kind in KINDS if kind not in ("in_process", CURVE)]
-TELLS_LOSS = [kind for kind in KINDS if not kind.startswith("zeromq")]
+BETWEEN_PROCESSES = [
+    *(kind for kind in KINDS if kind not in ("in_process", CURVE)),
+    pytest.param("cuda_ipc", marks=pytest.mark.gpu),
+]
+"""CUDA IPC works between processes alone."""
+TELLS_LOSS = [*(kind for kind in KINDS if not kind.startswith("zeromq")), "cuda_ipc"]
 """ZeroMQ connects again without a word."""
 
 RECEIVER_KEYS, SENDER_KEYS = CurveKeys(*zmq.curve_keypair()), CurveKeys(*zmq.curve_keypair())
@@ -182,6 +189,8 @@ _warm: set[str] = set()
 async def warm_up() -> None:
     """Once in a process: pyzmq opens a context of its own when it first sends without a copy,
     and torch two descriptors with its first group."""
+    if torch.cuda.is_available():
+        CudaDriver()
     for kind in {"zeromq", "gloo"} - _warm:
         async with linked(kind) as (ends, sender):
             await put(sender, b"warm", b"x" * FRAME_BYTES)

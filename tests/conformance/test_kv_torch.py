@@ -31,6 +31,7 @@ from tests.conformance.kv_ends import (
     put,
     running,
     until,
+    warm_up,
 )
 
 KIND = "gloo"
@@ -81,6 +82,7 @@ async def test_a_payload_that_does_not_come_in_time_costs_the_link(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As of a sender that is stopped right there; what it sends after that reaches nobody."""
+    await warm_up()
     monkeypatch.setattr(pair_group, "MOVE_DEADLINE_S", 0.3)
     async with linked(KIND) as (ends, sender):
         async with joined(ends) as (sock, group):
@@ -98,6 +100,7 @@ async def test_a_receiver_that_does_not_take_what_it_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It hangs between the ready and its receive: the sender gives up within the deadline."""
+    await warm_up()
     hanging = threading.Event()
 
     def hang(self: PairGroup, payload: Tensor) -> None:
@@ -113,6 +116,7 @@ async def test_a_receiver_that_does_not_take_what_it_asked_for(
 
 
 async def test_one_who_knocks_and_never_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    await warm_up()
     monkeypatch.setattr(torch_p2p, "CONNECT_DEADLINE_S", 0.3)
     monkeypatch.setattr(pair_group, "CONNECT_DEADLINE_S", 0.3)
     async with nothing_left(), bound(KIND) as ends, running(ends.receiver.run()):
@@ -200,6 +204,7 @@ async def test_a_group_that_is_joined_too_late_is_aborted() -> None:
 async def test_an_abort_that_hangs_is_told_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    await warm_up()
     monkeypatch.setattr(group_thread, "ABORT_DEADLINE_S", 0.1)
     async with nothing_left():
         thread, group = GroupThread(), HangingGroup(abort_hangs=True)
