@@ -1,6 +1,6 @@
 """CUDA IPC with a driver made of bytearrays: the ring, its hello and who frees what when.
 
-On a GPU the conformance suite runs it for real (``-m gpu``).
+On a GPU ``tests/fault/test_kv_peer_death.py`` runs it for real (``-m gpu``).
 """
 
 from __future__ import annotations
