@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.support.clusters import (
+    RESTART_S,
     assert_no_residue,
     running_cluster,
     tiny_config,
@@ -56,7 +57,8 @@ async def test_killed_worker_is_replaced_and_no_token_is_lost(tmp_path, victim):
             await until(lambda: not psutil.pid_exists(pid), "the victim is dead")
             assert streams.num_running > 0, "it died while streams ran"
         streams.assert_exact()
-        await until(lambda: cluster.pid_of(victim) != pid, "the victim was started again")
+        restarted = "the victim was started again"
+        await until(lambda: cluster.pid_of(victim) != pid, restarted, RESTART_S)
         cluster.idle_fds.clear()
         cluster.idle_tasks.clear()
         await assert_no_residue(cluster)

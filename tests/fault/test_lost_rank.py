@@ -24,7 +24,13 @@ from baton.protocol.errors import BatonError, RankLost, Unavailable
 from baton.protocol.sampling import SamplingParams
 from baton.protocol.spec import WorkerSpec
 from cluster.process_launcher import ProcessLauncher
-from tests.support.clusters import assert_no_residue, running_cluster, tiny_config, until
+from tests.support.clusters import (
+    RESTART_S,
+    assert_no_residue,
+    running_cluster,
+    tiny_config,
+    until,
+)
 from tests.support.reference_streams import ReferenceStreams
 from tests.support.tiny_checkpoint import TINY_LLAMA, write_checkpoint
 
@@ -256,7 +262,8 @@ async def test_streams_go_on_when_a_rank_is_killed_among_them(tmp_path: Path) ->
             await until(lambda: not is_alive(victim), "the rank is dead")
             assert streams.num_running > 0, "it died while streams ran"
         streams.assert_exact()
-        await until(lambda: cluster.pid_of("s-0") != pid, "the worker was started again")
+        restarted = "the worker was started again"
+        await until(lambda: cluster.pid_of("s-0") != pid, restarted, RESTART_S)
         assert len(ranks_of(cluster.pid_of("s-0"))) == 1
         assert not psutil.pid_exists(pid)
         cluster.idle_fds.clear()

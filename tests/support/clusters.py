@@ -31,6 +31,8 @@ from cluster.leftovers import Leftovers
 from cluster.serve import LauncherName, make_launcher, running
 
 SETTLE_S = 20.0
+RESTART_S = 120.0
+"""For a worker that is started again: its processes import torch, on whatever else runs here."""
 POLL_S = 0.05
 WARM_UP = "import os\n" * 32
 """Long enough that its KV is sent without a copy: pyzmq then opens, once, a context of its own."""
