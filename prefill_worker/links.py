@@ -28,6 +28,7 @@ from baton.protocol.messages import (
     WorkerRef,
 )
 from kv_transfer.coding import KvCoding
+from kv_transfer.controller import CodecController
 from kv_transfer.instructions import PushEnd, PushKv
 from kv_transfer.pusher import KvPusher, ReadKv
 from kv_transfer.transports.choose import offers_of
@@ -70,9 +71,10 @@ class DecodeLinks:
         on_message: Callable[[WorkerRef, AnyMessage], None],
         on_refused: Callable[[WorkerRef, str], None],
         coding: KvCoding | None = None,
+        make_controller: Callable[[], CodecController | None] = lambda: None,
         reads_beside: bool = False,
     ) -> None:
-        """coding, reads_beside: see ``KvPusher``."""
+        """coding, reads_beside: see ``KvPusher``. make_controller: called for each link."""
         self._context = context
         self._hello = hello
         self._layout = layout
@@ -81,6 +83,7 @@ class DecodeLinks:
         self._on_message = on_message
         self._on_refused = on_refused
         self._coding = coding
+        self._make_controller = make_controller
         self._reads_beside = reads_beside
         self._connections: dict[WorkerRef, _Connection] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -112,9 +115,9 @@ class DecodeLinks:
             connection.used_at = now
             connection.pusher.put(job)
 
-    def cancel_push(self, transfer_id: str) -> None:
+    def cancel_push(self, transfer_id: str, *, is_committed: bool = False) -> None:
         for connection in self._connections.values():
-            connection.pusher.cancel(transfer_id)
+            connection.pusher.cancel(transfer_id, is_committed=is_committed)
 
     def close_idle(self, now: float) -> None:
         for decode, connection in list(self._connections.items()):
@@ -145,6 +148,7 @@ class DecodeLinks:
             frame_bytes,
             self._read_kv,
             coding=self._coding,
+            controller=self._make_controller(),
             reads_beside=self._reads_beside,
         )
         uplink = Uplink(
