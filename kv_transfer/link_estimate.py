@@ -34,6 +34,9 @@ NEAR = 1.5
 MAX_GROWTH = 4.0
 """Of the estimate by one answer."""
 LATENCY_RISE = 0.03
+SUSPICION_S, SUSPICION_PART = 5e-3, 2.0
+"""A frame that takes longer than this, and so many times as long as it should, is believed before
+it has arrived: the link is at most so many times as fast as it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +86,12 @@ class LinkEstimate:
         """oldest: on its way, with its decoding as expected: being late is evidence too."""
         if oldest is None or not self.is_known:
             return self._value
-        late = now - self._expected_without_latency(oldest) - self._latency_s
-        if late.min() <= 0.0 and late.max() <= 0.0:
+        best = int(self._credit.argmax())
+        expected = float(self._expected_without_latency(oldest)[best]) + self.latency_s
+        took = now - max(oldest.sent_at, self._heard_at) - self.latency_s - oldest.decode_s
+        if now - expected < SUSPICION_S or took < SUSPICION_PART * oldest.num_coded / self._value:
             return self._value
-        credit = self._charged(np.maximum(late, 0.0), now - oldest.sent_at)
-        return min(self._value, self._middle(credit))
+        return min(self._value, SUSPICION_PART * oldest.num_coded / took)
 
     def _expected_without_latency(self, what: Delivery) -> F64:
         """When it would be heard of, by rate."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 from baton.protocol.messages import KvProgress
 from kv_transfer.controller import RECOMPUTE, CodecController, Rest
@@ -38,7 +39,9 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """costs: by codec, as they are, not as estimated. compute_s: of tokens there, from..to."""
+    """costs: by codec, as they are, not as estimated. compute_s: of tokens there, from..to.
+    jitter_s: an answer is late by up to so much; cost_noise: a frame costs up to so much of its
+    cost more."""
 
     trace: Trace
     latency_s: float
@@ -46,6 +49,8 @@ class World:
     compute_s: Callable[[int, int], float]
     bytes_per_token: int
     frame_bytes: int = 1 << 20
+    jitter_s: float = 0.0
+    cost_noise: float = 0.0
 
 
 @dataclass(slots=True)
@@ -60,8 +65,9 @@ class _Link:
 class Simulation:
     """One sender and one peer. ``hand_over`` one after the other; the clock only moves on."""
 
-    def __init__(self, world: World, controller: CodecController) -> None:
+    def __init__(self, world: World, controller: CodecController, seed: int = 0) -> None:
         self._world = world
+        self._random = Random(seed)
         self._controller = controller
         self._window = Window(world.frame_bytes)
         self._link = _Link()
@@ -108,17 +114,23 @@ class Simulation:
         """(Seconds of decoding, coded bytes) of the frame."""
         world, link = self._world, self._link
         cost = world.costs[codec]
-        encode_s, num_coded = num_bytes * cost.encode_s, max(1, int(num_bytes * cost.ratio))
+        encode_s = num_bytes * cost.encode_s * self._noise()
+        num_coded = max(1, int(num_bytes * cost.ratio))
         self.now += encode_s
         self._controller.sent(transfer_id, 1, codec, num_bytes, num_coded, encode_s, self.now)
         self._window.sent(transfer_id, 1, num_coded, self.now)
         link.linked_at = world.trace.arrival(max(self.now, link.linked_at), num_coded)
-        took = num_bytes * cost.decode_s
+        took = num_bytes * cost.decode_s * self._noise()
         link.decoded_at = max(link.linked_at + world.latency_s / 2, link.decoded_at) + took
-        heard_at = link.decoded_at + world.latency_s / 2
+        heard_at = link.decoded_at + world.latency_s / 2 + self._random.random() * world.jitter_s
+        if link.answers:
+            heard_at = max(heard_at, link.answers[-1][0])
         progress = KvProgress(transfer_id, 1, sent + 1, coded + num_coded, decode_s + took)
         link.answers.append((heard_at, progress))
         return took, num_coded
+
+    def _noise(self) -> float:
+        return 1.0 + self._random.random() * self._world.cost_noise
 
     def _wait_for_room(self, num_bytes: int) -> None:
         answers = self._link.answers
@@ -145,3 +157,24 @@ def fixed(codec: str) -> Choose:
 
 def controlled(controller: CodecController, codecs: Sequence[str]) -> Choose:
     return lambda transfer_id, rest, now: controller.choose(transfer_id, codecs, rest, now).codec
+
+
+def measured(controller: CodecController, costs: Mapping[str, CodecCost]) -> CodecController:
+    """Told what each codec costs, as a worker is that has tried them all."""
+    for codec, cost in costs.items():
+        encode_s, coded = 1e6 * cost.encode_s, int(1e6 * cost.ratio)
+        controller.codecs.encoded(codec, 1_000_000, coded, encode_s)
+        controller.decode.decoded({codec: 1_000_000}, 1e6 * cost.decode_s, controller.codecs)
+    return controller
+
+
+def outages(fast: float, slow: tuple[float, float], num_drops: int, seed: int) -> Trace:
+    """A link that drops from ``fast`` to somewhere within ``slow`` bytes a second, for 1 to 3
+    seconds, ``num_drops`` times, with 1 to 3 seconds between."""
+    random, steps, at = Random(seed), [(0.0, fast)], 0.0
+    for _ in range(num_drops):
+        at += random.uniform(1.0, 3.0)
+        steps.append((at, random.uniform(*slow)))
+        at += random.uniform(1.0, 3.0)
+        steps.append((at, fast))
+    return Trace(tuple(steps))
