@@ -16,9 +16,9 @@ from kv_transfer.codecs.jit import kernel
 Counts = NDArray[np.int64]
 
 
-def sums_reference(symbols: U8) -> Counts:
-    """``[2, channels]``: the sum over tokens."""
-    total: Counts = symbols.sum(axis=1, dtype=np.int64)
+def sums_reference(symbols: U8, mask: int) -> Counts:
+    """``[2, channels]``: the sum over tokens of ``symbol & mask``."""
+    total: Counts = (symbols & mask).sum(axis=1, dtype=np.int64)
     return total
 
 
@@ -32,10 +32,10 @@ def counts_reference(symbols: U8, table_of: U8, num_tables: int) -> Counts:
     return counts
 
 
-def sums(symbols: U8) -> Counts:
+def sums(symbols: U8, mask: int) -> Counts:
     """As ``sums_reference``."""
     out = np.zeros((2, symbols.shape[2]), np.int64)
-    _sums(symbols, out)
+    _sums(symbols, np.uint8(mask), out)
     return out
 
 
@@ -49,13 +49,13 @@ def counts(symbols: U8, table_of: U8, num_tables: int) -> Counts:
 
 
 @kernel
-def _sums(symbols: Any, out: Any) -> None:
+def _sums(symbols: Any, mask: Any, out: Any) -> None:
     narrow = np.zeros(symbols.shape[2], np.uint32)
     for run in range(2):
         for token in range(symbols.shape[1]):
             row = symbols[run, token]
             for channel in range(row.size):
-                narrow[channel] += row[channel]
+                narrow[channel] += row[channel] & mask
             # 2**24 tokens of 255 fit 32 bits.
             if token & 0xFFFFFF == 0xFFFFFF or token == symbols.shape[1] - 1:
                 for channel in range(row.size):

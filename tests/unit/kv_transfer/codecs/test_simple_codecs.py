@@ -24,7 +24,14 @@ from tests.support.kv_samples import (
 
 EXACT = ("raw", "split", "entropy")
 LOSSY = ("int8", "fp8", "int4")
-SHAPES = ((1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 3, 5), (2, 65, 2, 16), (1, 300, 2, 33))
+SHAPES = (
+    (1, 1, 1, 1),
+    (2, 3, 1, 1),
+    (1, 1, 3, 5),
+    (2, 65, 2, 16),
+    (1, 300, 2, 33),
+    (1, 6000, 1, 3),
+)
 """Layers, tokens, heads, head_dim."""
 
 
