@@ -225,7 +225,7 @@ class CodecController:
             self.forecasts.error_s += abs(actual - predicted)
 
     def _queue(self, bytes_per_s: float, now: float) -> Queue:
-        linked_at = decoded_at = 0.0
+        linked_at, decoded_at = self.link.last_done_at
         for frame in self._sent:
             linked_at = max(linked_at, frame.sent_at) + frame.num_coded / bytes_per_s
             decoded_at = max(linked_at, decoded_at) + self._decode_s(frame)

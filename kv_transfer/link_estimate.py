@@ -67,6 +67,12 @@ class LinkEstimate:
         """There and back, without the frame's own time."""
         return float(self._latency_s[int(self._credit.argmax())]) if self.is_known else 1e-3
 
+    @property
+    def last_done_at(self) -> tuple[float, float]:
+        """When the link, and the decoder, were done with the frames heard of last."""
+        decoded_at = self._heard_at - self.latency_s
+        return decoded_at - self._decode_s, decoded_at
+
     def delivered(self, what: Delivery, now: float) -> None:
         """Heard now."""
         if self.is_known and now - self._heard_at > IDLE_S:

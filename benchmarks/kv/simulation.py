@@ -117,6 +117,7 @@ class Simulation:
         encode_s = num_bytes * cost.encode_s * self._noise()
         num_coded = max(1, int(num_bytes * cost.ratio))
         self.now += encode_s
+        self._hear_all()
         self._controller.sent(transfer_id, 1, codec, num_bytes, num_coded, encode_s, self.now)
         self._window.sent(transfer_id, 1, num_coded, self.now)
         link.linked_at = world.trace.arrival(max(self.now, link.linked_at), num_coded)
@@ -134,20 +135,24 @@ class Simulation:
 
     def _wait_for_room(self, num_bytes: int) -> None:
         answers = self._link.answers
-        while answers and answers[0][0] <= self.now:
-            self._hear(answers.pop(0))
+        self._hear_all()
         while not self._window.has_room(num_bytes, self.now):
             if answers and answers[0][0] <= self.now + STALL_S:
                 self._hear(answers.pop(0))
             else:
                 self.now += STALL_S
 
+    def _hear_all(self) -> None:
+        """What came meanwhile, when it came: nothing here keeps the event loop busy."""
+        while self._link.answers and self._link.answers[0][0] <= self.now:
+            self._hear(self._link.answers.pop(0))
+
     def _hear(self, answer: tuple[float, KvProgress]) -> None:
         at, progress = answer
         self.now = max(self.now, at)
-        self._window.progressed(progress, self.now)
+        self._window.progressed(progress, at)
         self._controller.progressed(
-            progress.transfer_id, progress.epoch, progress.num_frames, progress.decode_s, self.now
+            progress.transfer_id, progress.epoch, progress.num_frames, progress.decode_s, at
         )
 
 
