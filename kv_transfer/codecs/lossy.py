@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.protocol.errors import ConfigError
 from kv_transfer.codecs import lossy_compiled, lossy_reference, rans_compiled
 from kv_transfer.codecs.container import (
     Form,
@@ -40,13 +39,14 @@ from kv_transfer.codecs.contract import (
     KvPart,
     Quality,
 )
-from kv_transfer.codecs.lossy_floats import narrowed, widened
+from kv_transfer.codecs.float_values import narrow, narrow_reference, widen, widen_reference
 from kv_transfer.codecs.lossy_profile import MAX_QUOTIENT, Profile
 from kv_transfer.codecs.lossy_tables import (
     LayerTables,
     LevelTables,
     Segments,
     Turns,
+    layers_of,
     level_tables,
     segments,
     symbol_tables,
@@ -54,15 +54,18 @@ from kv_transfer.codecs.lossy_tables import (
 from kv_transfer.codecs.rans import U8, decode_reference, encode_reference, lanes_for
 
 I16 = NDArray[np.int16]
-_COUNTS = struct.Struct("<II")
+COUNTS = struct.Struct("<II")
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows that a section carries as they are: numbers and ``[n, C]`` of the array's dtype."""
+class LossySection:
+    """A section's parts. escapes: quotients. numbers, rows: of the rows that it carries as they
+    are, ``[n]`` and ``[n, C]``. coded: rANS of the symbols."""
 
+    escapes: I16
     numbers: NDArray[np.uint32]
-    values: Array
+    rows: Array
+    coded: U8
 
 
 class LossyCodec:
@@ -76,12 +79,7 @@ class LossyCodec:
         implementation: Implementation = "compiled",
     ) -> None:
         place = profile.level(name)
-        found = (profile.num_kv_heads, profile.head_dim)
-        if found != (geometry.num_kv_heads, geometry.head_dim):
-            raise ConfigError(
-                f"KV codec profile of {found[0]} heads of {found[1]}, the model has "
-                f"{geometry.num_kv_heads} of {geometry.head_dim}; make it again: baton calibrate"
-            )
+        profile.check_shape(geometry)
         self._geometry = geometry
         self._digest = profile.digest()
         self._name = name
@@ -101,7 +99,7 @@ class LossyCodec:
     def encode(self, kv: Array, part: KvPart) -> Bytes:
         writer = StreamWriter(header_for(self._name, self._geometry, kv, self._digest))
         runs = segments(self._level.ages, part, kv.shape[2])
-        for place, layer in enumerate(self._layers(part, len(kv))):
+        for place, layer in enumerate(layers_of(self._level, part, len(kv))):
             coded = self._encode_layer(kv[place], layer, part, runs)
             size = sum(len(piece) for piece in coded)
             if size >= kv[place].nbytes:
@@ -117,7 +115,7 @@ class LossyCodec:
     def decode(self, stream: Bytes, part: KvPart, out: Array) -> None:
         expected = header_for(self._name, self._geometry, out, self._digest)
         runs = segments(self._level.ages, part, out.shape[2])
-        layers = self._layers(part, len(out))
+        layers = layers_of(self._level, part, len(out))
         for section, layer, target in zip(
             read_sections(stream, expected), layers, out, strict=True
         ):
@@ -125,13 +123,6 @@ class LossyCodec:
                 read_raw(section, target)
             else:
                 self._decode_layer(section, layer, part, runs, target)
-
-    def _layers(self, part: KvPart, num_layers: int) -> tuple[LayerTables, ...]:
-        end = part.layer_start + num_layers
-        if not 0 <= part.layer_start < end <= len(self._level.layers):
-            known = len(self._level.layers)
-            raise CodecError(f"KV of layers {part.layer_start} to {end}, the profile has {known}")
-        return self._level.layers[part.layer_start : end]
 
     def _encode_layer(
         self, kv: Array, layer: LayerTables, part: KvPart, runs: Segments
@@ -142,19 +133,19 @@ class LossyCodec:
         head_dim, level = self._geometry.head_dim, self._level
         if self._is_compiled:
             is_narrow = self._geometry.dtype == "bfloat16"
-            bits = kv if is_narrow else widened(kv, self._geometry.dtype).view(np.uint32)
+            bits = kv if is_narrow else widen(kv, self._geometry.dtype).view(np.uint32)
             found = lossy_compiled.quantise(
                 bits, head_dim, cos, sin, layer, level, runs, index.size
             )
             encode: Callable[..., U8] = rans_compiled.encode
         else:
-            x = widened(kv, self._geometry.dtype)
+            x = widen_reference(kv, self._geometry.dtype)
             found = lossy_reference.quantise(x, head_dim, cos, sin, layer, level, runs)
             encode = encode_reference
         symbols, escapes, raw_rows = found
         rows = _take_rows(raw_rows, layer, kv)
         coded = encode(symbols, index, level.rans, lanes) if index.size else np.empty(0, np.uint8)
-        counts = np.frombuffer(_COUNTS.pack(escapes.size, raw_rows.size), np.uint8)
+        counts = np.frombuffer(COUNTS.pack(escapes.size, raw_rows.size), np.uint8)
         numbers = raw_rows.astype("<u4").view(np.uint8)
         return [counts, numbers, rows.reshape(-1).view(np.uint8), escapes.view(np.uint8), coded]
 
@@ -162,61 +153,62 @@ class LossyCodec:
         self, section: Section, layer: LayerTables, part: KvPart, runs: Segments, out: Array
     ) -> None:
         index = symbol_tables(layer, runs)
-        escapes, rows, coded = _split(section, index.size, layer, out)
+        found = split_section(section, index.size, layer, out.shape, out.dtype)
         symbols = np.empty(index.size, np.uint8)
         level, head_dim = self._level, self._geometry.head_dim
         decode = rans_compiled.decode if self._is_compiled else decode_reference
         if index.size:
-            decode(coded, index, level.rans, lanes_for(index.size), symbols)
-        elif len(coded):
-            raise CodecError(f"KV section with {len(coded)} bytes behind its end")
+            decode(found.coded, index, level.rans, lanes_for(index.size), symbols)
+        elif found.coded.size:
+            raise CodecError(f"KV section with {found.coded.size} bytes behind its end")
         cos, sin = self._turns.of(layer, part, out.shape[1])
         if self._is_compiled and self._geometry.dtype != "float16":
             target = out if out.dtype == np.uint16 else out.view(np.uint32)
             lossy_compiled.reconstruct(
-                symbols, escapes, head_dim, cos, sin, layer, level, runs, target
+                symbols, found.escapes, head_dim, cos, sin, layer, level, runs, target
             )
         elif self._is_compiled:
             wide = np.empty(out.shape, np.uint32)
             lossy_compiled.reconstruct(
-                symbols, escapes, head_dim, cos, sin, layer, level, runs, wide
+                symbols, found.escapes, head_dim, cos, sin, layer, level, runs, wide
             )
-            out[...] = narrowed(wide.view(np.float32), "float16")
+            narrow(wide.view(np.float32), "float16", out)
         else:
             x = lossy_reference.reconstruct(
-                symbols, escapes, out.shape[1], head_dim, cos, sin, layer, level, runs
+                symbols, found.escapes, out.shape[1], head_dim, cos, sin, layer, level, runs
             )
-            out[...] = narrowed(x, self._geometry.dtype)
-        if rows.numbers.size:
-            _put_rows(rows, layer, out)
+            narrow_reference(x, self._geometry.dtype, out)
+        if found.numbers.size:
+            _put_rows(found, layer, out)
 
 
-def _split(
-    section: Section, num_symbols: int, layer: LayerTables, like: Array
-) -> tuple[I16, Rows, U8]:
-    """Escapes, raw rows and rANS bytes of a section. Raises CodecError.
-
-    like: ``[2, T, heads, head_dim]``, what the section becomes.
-    """
+def split_section(
+    section: Section,
+    num_symbols: int,
+    layer: LayerTables,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+) -> LossySection:
+    """shape, dtype: of the layer, ``[2, T, heads, head_dim]``. Raises CodecError."""
     data = np.frombuffer(section.data, np.uint8)
-    if data.size < _COUNTS.size:
+    if data.size < COUNTS.size:
         raise CodecError(f"KV section of {data.size} bytes")
-    num_escapes, num_rows = _COUNTS.unpack_from(section.data)
+    num_escapes, num_rows = COUNTS.unpack_from(section.data)
     num_groups, width = layer.mean.shape[1:]
-    all_rows, row_bytes = 2 * num_groups * like.shape[1], width * like.itemsize
+    all_rows, row_bytes = 2 * num_groups * shape[1], width * dtype.itemsize
     if num_escapes > num_symbols or num_rows > all_rows:
         raise CodecError(f"KV section claims {num_escapes} escapes, {num_rows} raw rows")
-    ends = np.cumsum([_COUNTS.size, 4 * num_rows, row_bytes * num_rows, 2 * num_escapes])
+    ends = np.cumsum([COUNTS.size, 4 * num_rows, row_bytes * num_rows, 2 * num_escapes])
     if ends[-1] > data.size:
         raise CodecError(f"KV section of {data.size} bytes claims {ends[-1]}")
     numbers = data[ends[0] : ends[1]].copy().view("<u4")
-    values = data[ends[1] : ends[2]].copy().view(like.dtype).reshape(num_rows, width)
+    rows = data[ends[1] : ends[2]].copy().view(dtype).reshape(num_rows, width)
     escapes = data[ends[2] : ends[3]].copy().view("<i2")
     if num_rows and (numbers[-1] >= all_rows or (np.diff(numbers.astype(np.int64)) <= 0).any()):
         raise CodecError("KV section with raw rows that do not exist or come twice")
     if num_escapes and np.abs(escapes.astype(np.int32)).max() > MAX_QUOTIENT:
         raise CodecError(f"KV section with an escape beyond {MAX_QUOTIENT}")
-    return escapes, Rows(numbers, values), data[ends[3] :]
+    return LossySection(escapes, numbers, rows, data[ends[3] :])
 
 
 def _take_rows(numbers: NDArray[np.int64], layer: LayerTables, kv: Array) -> Array:
@@ -225,9 +217,9 @@ def _take_rows(numbers: NDArray[np.int64], layer: LayerTables, kv: Array) -> Arr
     return np.ascontiguousarray(grouped[place])
 
 
-def _put_rows(rows: Rows, layer: LayerTables, out: Array) -> None:
-    place = _places(rows.numbers.astype(np.int64), layer, out)
-    _grouped(out, layer)[place] = rows.values
+def _put_rows(section: LossySection, layer: LayerTables, out: Array) -> None:
+    place = _places(section.numbers.astype(np.int64), layer, out)
+    _grouped(out, layer)[place] = section.rows
 
 
 def _grouped(kv: Array, layer: LayerTables) -> Array:

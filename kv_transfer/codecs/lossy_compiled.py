@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kv_transfer.codecs.contract import Array, CodecError
+from kv_transfer.codecs.float_values import LARGEST
 from kv_transfer.codecs.jit import kernel, primitive
 from kv_transfer.codecs.lossy_profile import ESCAPE, FRACTION, MAX_GRID, MAX_QUOTIENT, ZERO_SYMBOL
 from kv_transfer.codecs.lossy_tables import F32, I32, LayerTables, LevelTables, Segments
@@ -18,6 +19,7 @@ I16 = NDArray[np.int16]
 U32 = np.uint32
 BLOCK = 4
 _GRID = np.float32(MAX_GRID)
+_LARGEST = np.float32(LARGEST["bfloat16"])
 _QUOTIENT = np.float32(MAX_QUOTIENT)
 
 
@@ -254,7 +256,7 @@ def _quantise(
 def _store_row(
     x: Any, head_dim: Any, is_key: Any, cos: Any, sin: Any, bits: Any, row: Any, out: Any
 ) -> Any:
-    """The reverse of ``_load_row``; rounds to the nearest bfloat16, ties to even."""
+    """The reverse of ``_load_row``; rounds to the nearest bfloat16, as ``float_values``."""
     if is_key:
         pairs = cos.size
         for head in range(0, x.size, head_dim):
@@ -269,6 +271,8 @@ def _store_row(
     else:
         row[:] = x
     if out.itemsize == 2:
+        for j in range(x.size):
+            row[j] = min(max(row[j], -_LARGEST), _LARGEST)
         for j in range(x.size):
             b = bits[j]
             out[j] = (b + U32(0x7FFF) + ((b >> U32(16)) & U32(1))) >> U32(16)

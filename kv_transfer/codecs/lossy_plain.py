@@ -39,8 +39,8 @@ from kv_transfer.codecs.contract import (
     KvPart,
     Quality,
 )
+from kv_transfer.codecs.float_values import narrow, widen
 from kv_transfer.codecs.jit import kernel
-from kv_transfer.codecs.lossy_floats import narrowed, widened
 from kv_transfer.codecs.lossy_profile import ESCAPE, NUM_SYMBOLS, ZERO_SYMBOL
 from kv_transfer.codecs.rans import (
     U8,
@@ -112,7 +112,7 @@ class PlainLossyCodec:
 
     def _encode_layer(self, layer: Array) -> list[U8]:
         """Nothing for a layer that has to go raw."""
-        x = widened(layer, self._geometry.dtype).reshape(2, layer.shape[1], -1)
+        x = widen(layer, self._geometry.dtype).reshape(2, layer.shape[1], -1)
         with np.errstate(invalid="ignore", over="ignore"):
             mean = _as_bfloat16(x.mean(1))
             spread = np.maximum(x.std(1), _LEAST_STEP) * np.float32(self._step)
@@ -155,7 +155,7 @@ class PlainLossyCodec:
         quotients[is_escaped] = data[front:end].copy().view("<i2")
         with np.errstate(over="ignore"):
             x = quotients.astype(np.float32) * steps[:, None] + mean[:, None]
-        out[...] = narrowed(x.reshape(out.shape), self._geometry.dtype)
+        narrow(x.reshape(out.shape), self._geometry.dtype, out)
 
 
 def _tables(step: float) -> RansTables:
@@ -207,8 +207,10 @@ def _quantise(x: F32, mean: F32, inverse: F32, symbols: U8, quotients: NDArray[n
 
 
 def _as_bfloat16(x: F32) -> NDArray[np.uint16]:
-    return narrowed(x, "bfloat16")
+    bits = np.empty(x.shape, np.uint16)
+    narrow(np.ascontiguousarray(x), "bfloat16", bits)
+    return bits
 
 
 def _wide(bits: Array) -> F32:
-    return widened(bits, "bfloat16")
+    return widen(np.ascontiguousarray(bits), "bfloat16")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from baton.protocol.errors import ConfigError
-from kv_transfer.codecs.contract import Quality
+from kv_transfer.codecs.contract import KvGeometry, Quality
 from kv_transfer.codecs.rans import MAX_TABLES, PROB_SCALE
 
 PROFILE_FILE = "kv_codec.profile"
@@ -116,6 +116,15 @@ class Profile:
                 return place
         known = ", ".join(level.name for level in self.levels)
         raise ConfigError(f"KV codec {name!r}: the profile has {known}", param="codec")
+
+    def check_shape(self, geometry: KvGeometry) -> None:
+        """Raises ConfigError for another model's heads."""
+        found = (self.num_kv_heads, self.head_dim)
+        if found != (geometry.num_kv_heads, geometry.head_dim):
+            raise ConfigError(
+                f"KV codec profile of {found[0]} heads of {found[1]}, the model has "
+                f"{geometry.num_kv_heads} of {geometry.head_dim}; make it again: baton calibrate"
+            )
 
     def digest(self) -> bytes:
         """8 bytes over everything that coding depends on, the same on every machine."""

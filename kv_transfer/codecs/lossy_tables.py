@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kv_transfer.codecs.contract import KvPart
+from kv_transfer.codecs.contract import CodecError, KvPart
 from kv_transfer.codecs.lossy_profile import FRACTION, Profile
 from kv_transfer.codecs.rans import RansTables
 
@@ -88,6 +88,15 @@ def level_tables(profile: Profile, place: int) -> LevelTables:
         profile.limit.astype(np.int32),
         profile.shrink.astype(np.int32),
     )
+
+
+def layers_of(level: LevelTables, part: KvPart, num_layers: int) -> tuple[LayerTables, ...]:
+    """Raises CodecError for layers that the profile does not have."""
+    end = part.layer_start + num_layers
+    if not 0 <= part.layer_start < end <= len(level.layers):
+        known = len(level.layers)
+        raise CodecError(f"KV of layers {part.layer_start} to {end}, the profile has {known}")
+    return level.layers[part.layer_start : end]
 
 
 def segments(ages: I32, part: KvPart, num_tokens: int) -> Segments:
