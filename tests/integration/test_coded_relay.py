@@ -1,4 +1,4 @@
-"""Hand-overs over a socket, coded: tokens are those of raw ones, and the timeline says what went."""
+"""Hand-overs over a socket, coded: tokens are those of raw ones, and the timeline says so."""
 
 from __future__ import annotations
 
