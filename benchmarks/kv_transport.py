@@ -37,6 +37,7 @@ import zmq.asyncio
 from rich.console import Console
 from rich.table import Table
 
+from baton.messaging.sockets import MAX_PART_BYTES
 from baton.protocol.messages import KvOffer
 from benchmarks.provenance import Provenance, provenance, slug
 from kv_transfer.transports.contract import QUEUE_FRAMES
@@ -104,7 +105,7 @@ class Landing:
 
 
 async def _receive(kind: str, lands: bool) -> None:
-    landing = Landing(lands, max(FRAME_MIB) * 2**20)
+    landing = Landing(lands, MAX_PART_BYTES)
     receiver = make_receiver(kind, zmq.asyncio.Context(), landing.on_part)
     print(msgspec.json.encode(receiver.bind("127.0.0.1")).decode(), flush=True)
     await receiver.run()
@@ -115,7 +116,7 @@ def _receive_by_socket() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
     connection, _ = listener.accept()
-    own = memoryview(bytearray(max(FRAME_MIB) * 2**20))
+    own = memoryview(bytearray(MAX_PART_BYTES))
     length = memoryview(bytearray(8))
     while connection.recv_into(length, 8, socket.MSG_WAITALL):
         left = own[: int.from_bytes(length, "little")]
@@ -259,7 +260,8 @@ async def measure(
 
 
 def bars_of(rates: list[Rate]) -> list[Bar]:
-    largest = {(r.way, r.lands): r for r in rates if r.frame_mib == max(FRAME_MIB)}
+    size = max(r.frame_mib for r in rates)
+    largest = {(r.way, r.lands): r for r in rates if r.frame_mib == size}
     found = []
     for way, over, at_least in BARS:
         floor = largest[over, True]
@@ -289,11 +291,15 @@ def checksum_rates(num_repeats: int) -> dict[str, float]:
     return found
 
 
+def sizes_of(result: Result) -> list[int]:
+    return sorted({rate.frame_mib for rate in result.rates})
+
+
 def table_of(result: Result) -> Table:
     table = Table(title="GB/s of payload: median (fastest)", title_justify="left")
     table.add_column("way")
     table.add_column("")
-    for mib in FRAME_MIB:
+    for mib in sizes_of(result):
         table.add_column(f"{mib} MiB", justify="right")
     by_way: dict[tuple[str, bool], list[Rate]] = {}
     for rate in result.rates:
@@ -306,7 +312,7 @@ def table_of(result: Result) -> Table:
 
 def page_of(result: Result) -> str:
     """Markdown; the JSON beside it has every run."""
-    sizes = [f"{mib} MiB" for mib in FRAME_MIB]
+    sizes = [f"{mib} MiB" for mib in sizes_of(result)]
     hardware = result.provenance.hardware
     lines = [
         "# KV frames between two processes of one host",
@@ -324,7 +330,7 @@ def page_of(result: Result) -> str:
     for (way, lands), rates in by_way.items():
         cells = [f"{rate.median_gb_s:.2f} ({rate.best_gb_s:.2f})" for rate in rates]
         lines.append(f"| {way} | {'landed' if lands else 'arrived'} | {' | '.join(cells)} |")
-    lines += ["", f"At {max(FRAME_MIB)} MiB:", ""]
+    lines += ["", f"At {max(sizes_of(result))} MiB:", ""]
     lines += [f"- {said_of(bar)}" for bar in result.bars]
     lines += ["", "Checksums, GB/s: "]
     lines[-1] += ", ".join(f"{name} {rate:.1f}" for name, rate in result.checksum_gb_s.items())
@@ -344,19 +350,29 @@ def said_of(bar: Bar) -> str:
 @click.option("--mib", default=512, help="Of payload in a run.")
 @click.option("--repeats", default=15, help="Runs of each way and frame size, turn by turn.")
 @click.option(
+    "--frame-mib", multiple=True, type=click.IntRange(1, 64), default=FRAME_MIB, show_default=True
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the result."
 )
 @click.option("--enforce", is_flag=True, help="Exit with 1 when a bar is missed.")
 @click.pass_context
-def main(context: click.Context, mib: int, repeats: int, out: Path, enforce: bool) -> None:
+def main(
+    context: click.Context,
+    mib: int,
+    repeats: int,
+    frame_mib: tuple[int, ...],
+    out: Path,
+    enforce: bool,
+) -> None:
     """Measure every transport, and print and store what came of it."""
     if context.invoked_subcommand:
         return
     console = Console()
     rates = [
         rate
-        for frame_mib in FRAME_MIB
-        for rate in asyncio.run(measure(mib, repeats, frame_mib, console.print))
+        for size in sorted(frame_mib)
+        for rate in asyncio.run(measure(mib, repeats, size, console.print))
     ]
     result = Result(
         theme="kv-transport",
