@@ -20,7 +20,14 @@ from safetensors.torch import load_file, save_file
 from baton.checkpoint.find import resolve
 from baton.engine.executor import Executor
 from baton.engine.plan import SequenceChunk, StepPlan
-from baton.protocol.config import ClusterConfig, EngineConfig, ModelConfig, PoolConfig, RouterConfig
+from baton.protocol.config import (
+    ClusterConfig,
+    EngineConfig,
+    KvTransferConfig,
+    ModelConfig,
+    PoolConfig,
+    RouterConfig,
+)
 from baton.protocol.sampling import SamplingParams
 from tests.support.clusters import assert_no_residue, running_cluster, settled
 from tests.support.prompts import prompt_of
@@ -44,8 +51,8 @@ QWEN2 = {
 
 def disguised(folder: Path, change: dict[str, Any]) -> Path:
     """A copy of baton-tiny that says it is another model."""
-    source = resolve("baton-tiny")
-    shutil.copytree(source, folder)
+    profile = shutil.ignore_patterns("kv_codec.profile")  # It is of that checkpoint alone.
+    shutil.copytree(resolve("baton-tiny"), folder, ignore=profile)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     if change["model_type"] == "qwen2":
@@ -104,6 +111,7 @@ async def test_only_the_rows_within_the_windows_cross(
                 engine=EngineConfig(num_blocks=24, growth_tokens=8, watermark=0.0),
             ),
         ),
+        kv_transfer=KvTransferConfig(codec="raw"),
         router=RouterConfig(grpc_port=0, http_port=0),
     )
     prompts = [prompt_of(length, seed) for seed, length in enumerate(LENGTHS)]
