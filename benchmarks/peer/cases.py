@@ -60,7 +60,7 @@ PREDICTED_RPS: dict[tuple[str, str], float] = {
     ("compiled", "512/32 x32"): 1.1,
 }
 """Requests/s, ours by the peer's, by its start and the case: written down before anything of this
-was run, from the engines alone (benchmarks/engine: prefill 1.16, decode x1 2.3, x8 1.8, x32 1.3) and
+was run, from the engines alone (prefill 1.16, decode x1 2.3, x8 1.8, x32 1.3 times as fast), and
 from the belief that long prompts leave everything to the prefill worker's one core."""
 
 

@@ -35,7 +35,7 @@ def config(checkpoint: Path, shape: Shape) -> ClusterConfig:
         num_blocks=NUM_BLOCKS, max_num_seqs=MAX_NUM_SEQS, num_threads=1, prefix_cache=False
     )
     if shape == "1P+1D":
-        pools = (
+        pools: tuple[PoolConfig, ...] = (
             PoolConfig(name="prefill", role="prefill", engine=engine),
             PoolConfig(name="decode", role="decode", engine=engine),
         )

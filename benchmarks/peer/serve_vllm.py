@@ -1,19 +1,24 @@
 """vLLM as 1 prefill + 1 decode worker over NIXL, or as two plain replicas, behind vllm-router.
 
 Its own recipe: the KV connector reads from host memory through UCX over shared memory, each
-worker computes on one core of its own, the router takes turns.
+worker computes on one core of its own, the router takes turns. In one point it is helped: the
+connector moves every worker's computing thread to the last core of the machine, and this module
+moves it back to its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from benchmarks.engine.variants import PLANS
-from benchmarks.peer.processes import Command, free_ports, started, until_healthy
+from benchmarks.peer.processes import Command, free_ports, started, tree, until_healthy
 from benchmarks.peer.systems import (
     HOST,
     MAX_MODEL_LEN,
@@ -40,6 +45,7 @@ ENVIRONMENT = replace(
 """That of ``bench-engine``, and in it the KV transport and the router, without what they would
 bring: the wheels of NIXL ask for CUDA, which the CPU build does not need."""
 
+_WORKER_PROCESS = "VLLM::Worker"
 _CONNECTOR = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
 
 
@@ -85,6 +91,8 @@ async def serve_vllm(
         tell(f"{each[1]}: waiting until it is healthy")
         await until_healthy(*each)
         roots.append(each[0].pid)
+    for root, core in zip(roots, plan.cores, strict=True):
+        _bind_computing(root, core)
     router = Command(
         f"{name}-router", _router_arguments(plan, router_port, metrics_port, shape, http), {}
     )
@@ -93,6 +101,14 @@ async def serve_vllm(
     await until_healthy(process, router.name, router_port, log)
     decode_port = http[1] if is_split else 0
     return System(PEER, start, shape, router_port, (*roots, process.pid), decode_port=decode_port)
+
+
+def _bind_computing(root: int, core: int) -> None:
+    """The main thread of the worker process is the one that computes; the connector's own threads
+    stay where it put them."""
+    for pid in tree([root]):
+        if psutil.Process(pid).name() == _WORKER_PROCESS:
+            os.sched_setaffinity(pid, {core})
 
 
 def _worker_arguments(plan: VllmPlan, port: int, start: str, *, is_split: bool) -> tuple[str, ...]:
