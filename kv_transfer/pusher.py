@@ -149,7 +149,7 @@ class KvPusher:
             else:
                 assert self._coding is not None
                 made = partial(self._coded, self._coding, codec, job, cut)
-                payload = await self._coding.run(made)
+                codec, payload = await self._coding.run(made)
                 # It may have been read while the blocks were already another's.
                 if self._is_cancelled(job):
                     return
@@ -196,9 +196,16 @@ class KvPusher:
     def _is_cancelled(self, job: PushKv) -> bool:
         return self._cancelled_current == job.transfer_id
 
-    def _coded(self, coding: KvCoding, codec: str, job: PushKv, cut: FrameCut) -> memoryview:
+    def _coded(
+        self, coding: KvCoding, codec: str, job: PushKv, cut: FrameCut
+    ) -> tuple[str, memoryview]:
+        """What does not get smaller goes as it is: no frame is larger than it was cut, and
+        transports with memory of their own have room for no more."""
         raw = self._read_kv(job.block_table, cut, None)
-        return raw if codec == RAW else coding.encode(codec, raw, cut, job.num_tokens_total)
+        if codec == RAW:
+            return RAW, raw
+        coded = coding.encode(codec, raw, cut, job.num_tokens_total)
+        return (codec, coded) if coded.nbytes < raw.nbytes else (RAW, raw)
 
     async def _credit(self, num_bytes: int) -> None:
         while not self.window.has_room(num_bytes, self._now()):

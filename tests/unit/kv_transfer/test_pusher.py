@@ -211,3 +211,20 @@ async def test_a_new_epoch_begins_from_nothing() -> None:
         p.end(1)
         await p.settle(3)
         assert p.outlet.ends[1].num_tokens == NUM_TOKENS
+
+
+async def test_what_does_not_get_smaller_goes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no frame outgrows the memory that a transport has for it."""
+    encode = KvCoding.encode
+
+    def longer(coding: KvCoding, *args: object) -> memoryview:
+        return memoryview(bytes(encode(coding, *args)) + bytes(FRAME_BYTES))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KvCoding, "encode", longer)
+    async with pushing(["split"], memory=bytearray(FRAME_BYTES)) as p:
+        p.push(count=16)
+        await p.settle(1)
+        [(frame, payload)] = p.outlet.frames
+        assert (frame.codec, frame.num_bytes) == (RAW, FRAME_BYTES)
+        layers = frame.layer_start, frame.num_layers
+        assert payload == rows_of(FrameCut(*layers, frame.token_start, frame.num_tokens))
