@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kv_transfer.codecs.float_forms import FORMS
-from kv_transfer.codecs.gpu import floats, quantise, rans, split
+from kv_transfer.codecs.gpu import entropy, floats, quantise, rans, split
 from kv_transfer.codecs.rans import RansTables
 
 RUNS, TOKENS, CHANNELS = 4, 64, 128
@@ -39,6 +39,10 @@ def codec_variants() -> Iterator[str]:
         codes = quantise.to_e4m3(bits, dtype, _zeros(RUNS, kind=torch.float32))
         quantise.look_up(codes, _zeros(RUNS, 256, kind=bits.dtype), bits)
         yield f"fp8, {dtype}"
+    for num_classes in (1, 4):
+        table_of = np.zeros((RUNS // 2, 2, CHANNELS), np.uint8)
+        entropy.count_symbols(_zeros(RUNS, N), table_of, num_classes)
+        yield f"entropy, {num_classes} tables"
     tables = rans.DeviceTables(RansTables(np.full((64, 32), 128)), torch.device("cpu"))
     symbols, index = _zeros(RUNS, N), _zeros(RUNS, CHANNELS)
     for num_lanes in (32, 256):

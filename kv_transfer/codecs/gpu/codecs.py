@@ -24,10 +24,12 @@ from kv_transfer.codecs.container import (
     read_sections,
 )
 from kv_transfer.codecs.contract import Array, Bytes, CodecError, KvGeometry, KvPart, array_dtype
+from kv_transfer.codecs.entropy_layer import Dims
 from kv_transfer.codecs.float_forms import FORMS, U8
 from kv_transfer.codecs.fp8 import HEAD as FP8_HEAD
 from kv_transfer.codecs.fp8 import exponent_of, scale_of, table_of
 from kv_transfer.codecs.gpu import quantise, split
+from kv_transfer.codecs.gpu.entropy import decode_layers, encode_layers
 from kv_transfer.codecs.gpu.floats import TORCH_DTYPES, are_tame, bits_of
 from kv_transfer.codecs.int_groups import num_groups
 from kv_transfer.codecs.nibbles import packed_width
@@ -234,8 +236,52 @@ class GpuFp8(_Base):
         bits_of(out)[places] = bits.view(len(places), *out.shape[1:])
 
 
+class GpuRaw(_Base):
+    name = "raw"
+
+    def encode(self, kv: Tensor, part: KvPart) -> Bytes:
+        writer = StreamWriter(self._header(kv))
+        for layer in kv:
+            _commit_raw(writer, layer)
+        return writer.finish()
+
+    def decode(self, stream: Bytes, part: KvPart, out: Tensor) -> None:
+        places, _ = self._coded(stream, out)
+        if places:
+            raise CodecError("a section of a raw KV stream is coded")
+
+
+class GpuEntropy(_Base):
+    name = "entropy"
+
+    def _dims(self, kv: Tensor) -> Dims:
+        return Dims(FORMS[self._geometry.dtype], kv.shape[2], kv.shape[3] * kv.shape[4])
+
+    def encode(self, kv: Tensor, part: KvPart) -> Bytes:
+        header = self._header(kv)
+        writer = StreamWriter(header)
+        coded = encode_layers(bits_of(kv).view(len(kv), -1), self._dims(kv))
+        for layer, data in zip(kv, coded, strict=True):
+            if data.size < header.layer_bytes:
+                writer.room()[: data.size] = data
+                writer.commit(data.size)
+            else:
+                _commit_raw(writer, layer)
+        return writer.finish()
+
+    def decode(self, stream: Bytes, part: KvPart, out: Tensor) -> None:
+        places, sections = self._coded(stream, out)
+        if places:
+            kind, size = bits_of(out).dtype, out[0].numel()
+            bits = torch.empty((len(places), size), dtype=kind, device=out.device)
+            decode_layers(sections, self._dims(out), bits)
+            bits_of(out)[places] = bits.view(len(places), *out.shape[1:])
+
+
 _MAKERS: dict[str, Callable[[KvGeometry], GpuCodec]] = {
+    "raw": GpuRaw,
     "split": GpuSplit,
+    "entropy": GpuEntropy,
     "int8": lambda geometry: GpuIntegers(geometry, 8),
     "int4": lambda geometry: GpuIntegers(geometry, 4),
     "fp8": GpuFp8,
