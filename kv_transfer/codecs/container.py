@@ -180,7 +180,8 @@ def read_sections(stream: Bytes, expected: StreamHeader) -> list[Section]:
     Every length is at most the raw size of a layer, together they make up the stream, and every
     checksum holds.
     """
-    view = memoryview(stream).cast("B")
+    # Read-only whatever came in: kernels are compiled once for each kind of array.
+    view = memoryview(stream).cast("B").toreadonly()
     found = read_header(view)
     if found != expected:
         raise CodecError(f"KV stream says {_difference(found, expected)}")
