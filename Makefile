@@ -17,7 +17,7 @@ TORCH_PIP_ARGS ?=
 ARGS ?=
 TRAIN_OUT ?= .runtime/baton-tiny-new
 
-.PHONY: help venv demo serve test check bench bench-engine bench-scheduling fuzz-codecs proto lock train-tiny wheels clean
+.PHONY: help venv demo serve test check bench bench-engine bench-peer bench-scheduling fuzz-codecs proto lock train-tiny wheels clean
 
 help: ## list the targets
 	@echo "Baton: disaggregated prefill/decode serving. On a fresh machine: make demo, then make test."
@@ -63,6 +63,9 @@ bench: venv ## measure against colocated serving; results land in benchmarks/res
 
 bench-engine: venv ## the engine alone beside vLLM's CPU build and transformers (installs them apart)
 	@$(BIN)/python -m benchmarks.engine --torch-pip-args "$(TORCH_PIP_ARGS)" $(ARGS)
+
+bench-peer: venv ## the whole cluster beside vLLM's 1 prefill + 1 decode over NIXL (installs it apart)
+	@$(BIN)/python -m benchmarks.peer --torch-pip-args "$(TORCH_PIP_ARGS)" $(ARGS)
 
 bench-scheduling: venv ## what one scheduling step costs, up to 1,024 running and 10,000 waiting
 	@$(BIN)/python -m benchmarks.scheduling $(ARGS)

@@ -103,9 +103,22 @@ def ratio_table(result: Result) -> Rows:
 
 
 def transfer_table(result: Result) -> Rows:
-    header = ["KV of 512 tokens", "MB", "mean ms", "median ms", "best ms", "how"]
+    header = [
+        "KV of 512 tokens",
+        "MB",
+        "mean ms",
+        "median ms",
+        "best ms",
+        "from first frame ms",
+        "how",
+    ]
     rows = [
-        [t.system, f"{t.megabytes:.1f}", *map(_ms, (t.mean_ms, t.median_ms, t.best_ms)), t.how]
+        [
+            t.system,
+            f"{t.megabytes:.1f}",
+            *map(_ms, (t.mean_ms, t.median_ms, t.best_ms, t.whole_ms)),
+            t.how,
+        ]
         for t in result.transfers
     ]
     return header, rows
@@ -145,7 +158,7 @@ def notes(result: Result) -> list[str]:
         f"p50 / p90 of the clients' times; answers of {OUTPUT_TOKENS} tokens; requests of a window "
         f"by clients: {requests}; {settings.repeats} interleaved repeats, seed {settings.seed}; "
         "requests/s: median (least to most) of the repeats; ratios above 1: ours is better",
-        f"float32, one core a worker; {versions}, "
+        f"float32, one core a worker, each system's own step budget; {versions}, "
         f"{'with' if settings.peer_preload else 'without'} tcmalloc and libiomp5 preloaded",
         f"the peer's own log said {PUBLISHED_TRANSFER_MS[0]:g} to {PUBLISHED_TRANSFER_MS[1]:g} ms "
         "a transfer on faster cores",

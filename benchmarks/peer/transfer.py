@@ -25,8 +25,10 @@ OUTPUT_TOKENS = 4
 class Transfer(msgspec.Struct, frozen=True):
     """Milliseconds of one transfer.
 
-    Ours: the first frame to commit, as the decode worker measures it. The peer's: a read as its
-    connector measures it, from asking for it to seeing that it is done. best is not known there.
+    Ours: from the end of prefill to commit, as the workers measure it, whatever was sent before;
+    whole_ms counts from the first frame, so it may hold prefill. The peer's: a read as its
+    connector measures it, which begins after prefill, from asking for it to seeing that it is done;
+    single ones are not known.
     """
 
     system: str
@@ -35,6 +37,7 @@ class Transfer(msgspec.Struct, frozen=True):
     mean_ms: float
     median_ms: float | None
     best_ms: float | None
+    whole_ms: float | None
     how: str
 
 
@@ -52,7 +55,7 @@ async def transfer(system: System, client: Client, count: int, seed: int) -> Tra
 
 
 async def _ours(system: System, prompts: Sequence[Sequence[int]]) -> Transfer:
-    times_ms = []
+    times_ms, whole_ms = [], []
     said: set[str] = set()
     async with baton.AsyncClient(system.grpc_address) as client:
         for prompt in prompts:
@@ -67,7 +70,8 @@ async def _ours(system: System, prompts: Sequence[Sequence[int]]) -> Transfer:
             spans = [s for s in timeline.spans if s.name == "transfer"] if timeline else []
             if not spans:
                 raise EngineFailed(f"{system.name}: its timeline names no transfer")
-            times_ms.append(spans[0].duration_ms)
+            times_ms.append(float(spans[0].attributes["exposed_ms"]))
+            whole_ms.append(spans[0].duration_ms)
             said.add(f"{spans[0].attributes['codec']} over {spans[0].attributes['transport']}")
     counted = times_ms[1:]
     return Transfer(
@@ -77,6 +81,7 @@ async def _ours(system: System, prompts: Sequence[Sequence[int]]) -> Transfer:
         sum(counted) / len(counted),
         median(counted),
         min(counted),
+        median(whole_ms[1:]),
         ", ".join(sorted(said)),
     )
 
@@ -95,6 +100,7 @@ async def _peers(system: System, client: Client, prompts: Sequence[Sequence[int]
         round(num),
         num_bytes / num / 1e6,
         1e3 * seconds / num,
+        None,
         None,
         None,
         "raw over NIXL (UCX)",
