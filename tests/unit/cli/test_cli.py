@@ -289,7 +289,7 @@ def test_missing_file_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["complet"], "no command 'complet'; commands: chat, complete"),
+        (["complet"], "no command 'complet'; commands: calibrate, chat, complete"),
         (["validate"], "name the file: baton validate"),
         (["status", "--json", "--watch", "1"], "leave out --watch"),
         (["complete"], "Missing argument 'PROMPT'"),
