@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from kv_transfer.codecs.container import (
     Form,
     StreamHeader,
-    header_for,
+    read_header,
     read_sections,
 )
 from kv_transfer.codecs.contract import Codec, CodecError
-from kv_transfer.codecs.registry import WITHOUT_PROFILE, make
+from kv_transfer.codecs.registry import LOSSY, WITHOUT_PROFILE, make
 from tests.support.kv_samples import DTYPES, PART, Geometry, kv_like, random_bits, sealed
 
 SHAPES = ((1, 1, 1, 1), (2, 5, 2, 8), (1, 70, 1, 16), (1, 130, 4, 64))
@@ -40,13 +40,13 @@ def samples() -> list[Sample]:
         for layers, tokens, heads, dim in SHAPES:
             geometry = Geometry(dtype, heads, dim)
             for kv in (kv_like(geometry, layers, tokens), random_bits(geometry, layers, tokens, 1)):
-                found += [sample(make(name, geometry), geometry, kv) for name in WITHOUT_PROFILE]
+                found += [sample(make(name, geometry), kv) for name in (*WITHOUT_PROFILE, *LOSSY)]
     return found
 
 
-def sample(codec: Codec, geometry: Geometry, kv: NDArray[Any]) -> Sample:
-    header = header_for(codec.name, geometry, kv)
+def sample(codec: Codec, kv: NDArray[Any]) -> Sample:
     stream = bytes(codec.encode(kv, PART))
+    header = read_header(stream)
     sections = tuple(bytes(s.data) for s in read_sections(stream, header))
     return Sample(codec, kv, header, stream, sections)
 
