@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-PACKAGES = ("torch", "numpy", "pyzmq", "msgspec", "msgpack", "grpcio", "tokenizers")
+PACKAGES = ("torch", "numpy", "numba", "pyzmq", "msgspec", "msgpack", "grpcio", "tokenizers")
 ROOT = Path(__file__).resolve().parents[1]
 
 
