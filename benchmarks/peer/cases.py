@@ -9,7 +9,7 @@ import msgspec
 from benchmarks.engine.cases import random_prompt
 
 OUTPUT_TOKENS = 32
-REQUESTS = {1: 6, 8: 32, 32: 64}
+REQUESTS = {1: 4, 8: 24, 32: 48}
 """Of one window, by the number of clients: several for each, so that the time in which they start
 and end does not decide."""
 
