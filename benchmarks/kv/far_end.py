@@ -62,7 +62,7 @@ class FarEnd:
             self._coding.qualities(names),
             self._coding.labels(names),
         )
-        self._sending: set[asyncio.Future[object]] = set()
+        self._sending: set[asyncio.Future[zmq.MessageTracker | None]] = set()
         self._context = zmq.asyncio.Context()
         self._answers = self._context.socket(zmq.PUSH)
         self._answers.connect(answers_address)
