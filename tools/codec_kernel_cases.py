@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kv_transfer.codecs.float_forms import FORMS
-from kv_transfer.codecs.gpu import entropy, floats, quantise, rans, split
+from kv_transfer.codecs.gpu import entropy, floats, lossy, quantise, rans, split
 from kv_transfer.codecs.rans import RansTables
 
 RUNS, TOKENS, CHANNELS = 4, 64, 128
@@ -39,6 +39,8 @@ def codec_variants() -> Iterator[str]:
         codes = quantise.to_e4m3(bits, dtype, _zeros(RUNS, kind=torch.float32))
         quantise.look_up(codes, _zeros(RUNS, 256, kind=bits.dtype), bits)
         yield f"fp8, {dtype}"
+        _lossy(rows[:2], dtype)
+        yield f"kv1 to kv4, {dtype}"
     for num_classes in (1, 4):
         table_of = np.zeros((RUNS // 2, 2, CHANNELS), np.uint8)
         entropy.count_symbols(_zeros(RUNS, N), table_of, num_classes)
@@ -50,6 +52,37 @@ def codec_variants() -> Iterator[str]:
         offsets = _zeros(RUNS, kind=torch.int64)
         rans.decode(words.view(-1), offsets, num_words, states, index, tables, symbols)
         yield f"rans, {num_lanes} lanes"
+
+
+def _lossy(bits: Tensor, dtype: str) -> None:
+    """Two heads of 64 as one group, five age classes."""
+
+    def whole(*shape: int) -> Tensor:
+        return _zeros(*shape, kind=torch.int32)
+
+    def real(*shape: int) -> Tensor:
+        return _zeros(*shape, kind=torch.float32)
+
+    width, ages, pairs = CHANNELS, 5, 32
+    layer = lossy.DeviceLayer(
+        mean=real(2, 1, width),
+        grid=real(2, 1, width),
+        analysis=real(2, 1, width, width),
+        multiplier=real(2, 1, ages, width),
+        synthesis=real(2, 1, width, width),
+        factor=real(2, 1, ages, width),
+        rank=whole(2, 1, ages),
+        limit=whole(2, 1, ages, width),
+        shrink=whole(2, 1, ages, width, 2),
+    )
+    places = lossy.Places(
+        whole(TOKENS),
+        _zeros(2, TOKENS, kind=torch.int64),
+        real(TOKENS, pairs),
+        real(TOKENS, pairs),
+    )
+    _, quotients, _ = lossy.quantise(bits, dtype, 64, layer, places, N)
+    lossy.reconstruct(quotients, dtype, 64, layer, places, bits)
 
 
 def _zeros(*shape: int, kind: torch.dtype = torch.uint8) -> Tensor:
