@@ -132,6 +132,9 @@ class ProcessRouter:
 class ProcessLauncher:
     """``log_dir`` takes one log file per process; standard error is inherited without it."""
 
+    module = "cluster.process"
+    """That the children run."""
+
     def __init__(self, log_dir: Path | None = None) -> None:
         self._log_dir = log_dir
         self._children: list[_Child] = []
@@ -165,7 +168,7 @@ class ProcessLauncher:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "cluster.process",
+                self.module,
                 kind,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,

@@ -27,6 +27,7 @@ from baton.protocol.config import (
     RouterConfig,
 )
 from cluster.controller import Controller
+from cluster.launcher import Launcher
 from cluster.leftovers import Leftovers
 from cluster.serve import LauncherName, make_launcher, running
 
@@ -115,10 +116,12 @@ async def running_cluster(
     launcher: LauncherName = "process",
     *,
     supervise: bool = False,
+    made: Launcher | None = None,
 ) -> AsyncIterator[Cluster]:
-    """A warm cluster; afterwards no process of it is left (asserted)."""
+    """A warm cluster; afterwards no process of it is left (asserted). ``made`` starts it, in
+    place of what ``launcher`` names."""
     leftovers = Leftovers()
-    made = make_launcher(config, launcher, None, log_dir if launcher == "process" else None)
+    made = made or make_launcher(config, launcher, None, log_dir if launcher == "process" else None)
     async with running(config, made, lambda line: None) as controller:
         async with AsyncClient(controller.router.grpc_address) as client:
             cluster = Cluster(controller, client)

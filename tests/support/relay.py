@@ -25,7 +25,11 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        target_reader, target_writer = await asyncio.open_connection(*self._target.split(":"))
+        try:
+            target_reader, target_writer = await asyncio.open_connection(*self._target.split(":"))
+        except OSError:  # Nobody is there now: neither is this end.
+            await hang_up(writer)
+            return
         self._writers += [writer, target_writer]
         await asyncio.gather(_pump(reader, target_writer), _pump(target_reader, writer))
 
