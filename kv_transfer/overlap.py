@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 PART_S = 0.0006
 """What one part more costs: the step that it is taken out of, and again on its way."""
+HIDDEN_PART = 0.6
+"""Of a step's time: what the link moves in less is sent whole, for the next step hides it."""
 WEIGHT = 0.3
 
 

@@ -43,7 +43,7 @@ from kv_transfer.instructions import (
     SendInstruction,
     ToDecode,
 )
-from kv_transfer.overlap import PushRate, StepRate, parts_of
+from kv_transfer.overlap import HIDDEN_PART, PushRate, StepRate, parts_of
 
 RENEWALS_PER_LEASE = 3
 NO_LABELS: Mapping[str, str] = {}
@@ -171,8 +171,8 @@ class Sender:
         if rate is None or not rate.bytes_per_s or not compute_s:
             return 1
         link_s = num_tokens * self._layout.bytes_per_token / rate.bytes_per_s
-        if not is_last and (link_s < compute_s or rate.backlog_s > 0):
-            # The next step hides it, or the link has enough to do.
+        if not is_last and rate.backlog_s + link_s < HIDDEN_PART * compute_s:
+            # The next step hides it. A link that is slower than that must not stand idle, though.
             return 1
         return parts_of(self._layout.num_layers, compute_s, link_s, backlog_s=rate.backlog_s)
 

@@ -369,9 +369,16 @@ def test_what_a_fast_link_moves_in_no_time_goes_whole() -> None:
 
 
 def test_a_chunk_that_the_next_step_hides_goes_whole() -> None:
-    prefill = streaming(48, bytes_per_s=20 * LAYOUT.bytes_per_token)
+    prefill = streaming(48, bytes_per_s=40 * LAYOUT.bytes_per_token)
     [run, *_] = prefill(StepWanted(), 3.0)
     assert run.layer_marks == ()
+
+
+def test_a_chunk_that_the_next_step_would_not_hide_goes_layer_after_layer() -> None:
+    """Or the link would stand idle under the first chunk, and be late by as much at the end."""
+    prefill = streaming(48, bytes_per_s=16 * LAYOUT.bytes_per_token)
+    [run, *_] = prefill(StepWanted(), 3.0)
+    assert run.layer_marks == (1, 2)
 
 
 def test_layers_of_a_step_that_is_over_or_of_a_prompt_that_is_gone_are_nothing() -> None:
