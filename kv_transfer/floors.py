@@ -13,8 +13,9 @@ from kv_transfer.codecs.contract import Quality
 
 
 def floor_of(asked: str, default: str) -> Quality:
-    """asked: by the request; "" leaves it to ``default``, the cluster's."""
-    return Quality[(asked or default).upper()]
+    """asked: by the request; "" leaves it to ``default``, the cluster's. An unknown one (of a
+    newer release) gets the best, as from ``classes_for``."""
+    return Quality.__members__.get((asked or default).upper(), Quality.EXACT)
 
 
 def allowed(codecs: Mapping[str, Quality], floor: Quality) -> tuple[str, ...]:

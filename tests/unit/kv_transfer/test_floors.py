@@ -33,6 +33,10 @@ def test_who_names_no_floor_gets_the_default() -> None:
     assert floor_of("exact", "medium") is Quality.EXACT
 
 
+def test_a_floor_that_is_not_known_here_is_kept_by_exact_bits() -> None:
+    assert floor_of("better than all", "low") is Quality.EXACT
+
+
 def test_only_the_exact_floor_minds_kv_computed_again() -> None:
     assert not may_recompute(Quality.EXACT, is_deterministic=False)
     assert may_recompute(Quality.EXACT, is_deterministic=True)
