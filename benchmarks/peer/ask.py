@@ -14,6 +14,7 @@ from benchmarks.peer.job import Answered, Job
 from benchmarks.peer.systems import HOST, SERVED_NAME, System
 
 REQUEST_TIMEOUT_S = 120.0
+WAKE_ATTEMPTS = 3
 
 
 def body(prompt: Sequence[int], **further: Any) -> bytes:
@@ -45,3 +46,20 @@ async def ask(
             f"because {problems[0]}"
         )
     return answers
+
+
+async def wake(system: System, client: Client, bodies: Sequence[bytes]) -> None:
+    """Let a system that was stopped run again, until it answers.
+
+    Connections between its processes may have gone out of date while it was stopped, and the first
+    requests pay for it. Raises EngineFailed.
+    """
+    system.resume()
+    for attempt in range(WAKE_ATTEMPTS):
+        try:
+            await ask(system, client, bodies, len(bodies))
+        except EngineFailed:
+            if attempt + 1 == WAKE_ATTEMPTS:
+                raise
+        else:
+            return

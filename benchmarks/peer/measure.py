@@ -10,7 +10,7 @@ import msgspec
 
 from benchmarks.cpu import shares, snapshot
 from benchmarks.engine.measure import MUCH_FOREIGN_CPU, Patience
-from benchmarks.peer.ask import ask, body
+from benchmarks.peer.ask import ask, body, wake
 from benchmarks.peer.cases import CASES, Case, num_requests, prompts
 from benchmarks.peer.client_process import Client
 from benchmarks.peer.job import Answered
@@ -103,9 +103,8 @@ async def _take(
     patience: Patience,
 ) -> Window:
     await patience.wait_for_quiet()
-    system.resume()
     try:
-        await ask(system, client, bodies[:WARM_REQUESTS], WARM_REQUESTS)
+        await wake(system, client, bodies[:WARM_REQUESTS])
         groups = {
             "system": system.pids,
             "stopped": tuple(pid for other in systems if other is not system for pid in other.pids),

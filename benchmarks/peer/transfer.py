@@ -13,7 +13,7 @@ import baton
 from benchmarks.engine.cases import random_prompt
 from benchmarks.engine.checkpoint import kv_bytes_per_token
 from benchmarks.engine.engine_process import EngineFailed
-from benchmarks.peer.ask import REQUEST_TIMEOUT_S, ask, body
+from benchmarks.peer.ask import REQUEST_TIMEOUT_S, ask, body, wake
 from benchmarks.peer.client_process import Client
 from benchmarks.peer.processes import get
 from benchmarks.peer.systems import OURS, System
@@ -42,14 +42,14 @@ class Transfer(msgspec.Struct, frozen=True):
 
 
 async def transfer(system: System, client: Client, count: int, seed: int) -> Transfer:
-    """One prompt after the other on an idle system; the first one is not counted."""
+    """One prompt after the other on an idle system; one before them wakes it."""
     random = Random(f"{seed} transfer")
     prompts = [random_prompt(random, PROMPT_TOKENS) for _ in range(1 + count)]
-    system.resume()
     try:
+        await wake(system, client, [body(prompts[0], max_tokens=OUTPUT_TOKENS)])
         if system.engine == OURS:
-            return await _ours(system, prompts)
-        return await _peers(system, client, prompts)
+            return await _ours(system, prompts[1:])
+        return await _peers(system, client, prompts[1:])
     finally:
         system.pause()
 
@@ -73,24 +73,22 @@ async def _ours(system: System, prompts: Sequence[Sequence[int]]) -> Transfer:
             times_ms.append(float(spans[0].attributes["exposed_ms"]))
             whole_ms.append(spans[0].duration_ms)
             said.add(f"{spans[0].attributes['codec']} over {spans[0].attributes['transport']}")
-    counted = times_ms[1:]
     return Transfer(
         system.name,
-        len(counted),
+        len(times_ms),
         PROMPT_TOKENS * kv_bytes_per_token(4) / 1e6,
-        sum(counted) / len(counted),
-        median(counted),
-        min(counted),
-        median(whole_ms[1:]),
+        sum(times_ms) / len(times_ms),
+        median(times_ms),
+        min(times_ms),
+        median(whole_ms),
         ", ".join(sorted(said)),
     )
 
 
 async def _peers(system: System, client: Client, prompts: Sequence[Sequence[int]]) -> Transfer:
     bodies = [body(prompt, max_tokens=OUTPUT_TOKENS) for prompt in prompts]
-    await ask(system, client, bodies[:1], 1)
     before = await _metrics(system)
-    await ask(system, client, bodies[1:], 1)
+    await ask(system, client, bodies, 1)
     after = await _metrics(system)
     num, seconds, num_bytes = (b - a for a, b in zip(before, after, strict=True))
     if not num:
