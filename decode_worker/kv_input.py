@@ -7,7 +7,7 @@ Coded ones, and all of a model split over ranks, are decoded and written beside 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from kv_transfer.codecs.contract import Bytes
 from kv_transfer.coding import KvCoding
 from kv_transfer.frames import RAW, FrameCut
 from kv_transfer.instructions import WriteKv
+from kv_transfer.transports.choose import NEAR
 
 
 class KvStore(Protocol):
@@ -34,7 +35,8 @@ class KvStore(Protocol):
 
 class KvInput:
     """feed: gives the decider an event; ``accept`` is called within it for a frame let in.
-    writes_beside: a write may wait for others than this process."""
+    writes_beside: a write may wait for others than this process. codecs: those that peers may
+    want once KV comes over a network."""
 
     def __init__(
         self,
@@ -43,11 +45,13 @@ class KvInput:
         feed: Callable[[object], None],
         *,
         writes_beside: bool,
+        codecs: Sequence[str] = (),
     ) -> None:
         self._store = store
         self._coding = coding
         self._feed = feed
         self._writes_beside = writes_beside
+        self._codecs = codecs
         self._accepted: WriteKv | None = None
 
     def accept(self, write: WriteKv) -> None:
@@ -57,6 +61,8 @@ class KvInput:
         self, frame: KvFrame, payload: memoryview, checksum: int, transport: str
     ) -> None:
         """Returns when the payload is needed no more."""
+        if transport not in NEAR:
+            self._coding.prepare(self._codecs)
         self._accepted = None
         self._feed(FrameArrived(frame, payload.nbytes, checksum, transport))
         write, self._accepted = self._accepted, None

@@ -60,6 +60,7 @@ class DecodeService:
                 spec.kv_transfer,
                 codecs,
                 self._coding.labels(names),
+                self._is_ready,
             ),
             executor.spec.vocab_size,
         )
@@ -75,7 +76,11 @@ class DecodeService:
             grammars=executor.grammars,
         )
         self._kv_input = KvInput(
-            executor, self._coding, self._shell.feed, writes_beside=bool(executor.rank_fds)
+            executor,
+            self._coding,
+            self._shell.feed,
+            writes_beside=bool(executor.rank_fds),
+            codecs=names,
         )
         self._puller = KvPuller(self._kv_input.on_frame, self._on_end)
         self._receivers = Receivers(spec.kv_transfer.transport, self._context, self._puller.handler)
@@ -110,6 +115,10 @@ class DecodeService:
             kv_offers=self._kv_offers,
             layout=self._executor.layout,
         )
+
+    def _is_ready(self, codec: str) -> bool:
+        """A codec that was asked for is compiled when it is first used, others before."""
+        return codec == self._spec.kv_transfer.codec or self._coding.is_ready(codec)
 
     def _on_end(self, end: TransferEnd) -> None:
         self._shell.feed(EndArrived(end))

@@ -12,12 +12,14 @@ import numpy as np
 
 from baton.checkpoint.find import resolve
 from baton.protocol.layout import KvGroup, KvLayout
+from kv_transfer.codec_warm_up import CodecWarmUp
 from kv_transfer.codecs import registry
 from kv_transfer.codecs.contract import Array, Bytes, Codec, KvPart, Quality, array_dtype
 from kv_transfer.codecs.lossy_profile import Profile, find_profile
 from kv_transfer.frames import RAW, FrameCut
 
 AUTO = "auto"
+TRIED_TOKENS = 64
 T = TypeVar("T")
 
 
@@ -36,6 +38,7 @@ class KvCoding:
         self._profile = profile
         self._made: dict[tuple[str, _Geometry], Codec] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv codec")
+        self._warm_up = CodecWarmUp(self.try_out)
 
     @classmethod
     def of_model(cls, path_or_name: str, layout: KvLayout) -> KvCoding:
@@ -63,6 +66,30 @@ class KvCoding:
         geometry = _geometry(self._layout, self._layout.groups[0])
         others = {name: self._codec(name, geometry).quality for name in names if name != RAW}
         return {RAW: Quality.EXACT} | others
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Begin to make them ready, beside all else; the first call counts."""
+        self._warm_up.begin(name for name in names if name != RAW)
+
+    def wait_until_prepared(self) -> None:
+        self._warm_up.wait()
+
+    def is_ready(self, name: str) -> bool:
+        """Using another works too, but may take as long as compiling it."""
+        return name == RAW or self._warm_up.is_ready(name)
+
+    def try_out(self, name: str) -> None:
+        """Code and decode a little noise."""
+        group = self._layout.groups[0]
+        cut = FrameCut(group.layers[0], 1, 0, TRIED_TOKENS)
+        noise = np.random.default_rng(0).standard_normal(self._shape(cut), np.float32)
+        if self._layout.dtype == "float16":
+            noise = noise.astype(np.float16)
+        kv = noise.view(np.uint8)
+        if self._layout.dtype == "bfloat16":
+            kv = (noise.view(np.uint32) >> np.uint32(16)).astype(np.uint16).view(np.uint8)
+        stream = self.encode(name, kv.reshape(-1).data, cut, TRIED_TOKENS)
+        self.decode(name, stream, cut, TRIED_TOKENS)
 
     async def run(self, work: Callable[[], T]) -> T:
         """``work`` in the thread, in the order of the calls. Cancelled, it still waits for its
@@ -92,6 +119,7 @@ class KvCoding:
         return out.reshape(-1).view(np.uint8).data
 
     def close(self) -> None:
+        self._warm_up.close()
         self._thread.shutdown(wait=True)
 
     def _shape(self, cut: FrameCut) -> tuple[int, ...]:

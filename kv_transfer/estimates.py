@@ -12,11 +12,16 @@ from dataclasses import dataclass
 
 FADE = 0.6
 """What is left of older samples' weight when a new one comes."""
+FORGET = 0.99
+"""Likewise of what is known of a codec whenever another is used: one that was slow once, while the
+machine did something else, is tried again after some hundred frames."""
+PRIOR_BYTES = 16_384
+"""Raw bytes of samples that a prior weighs as much as."""
 
 
 @dataclass(slots=True)
 class Ratio:
-    """``amount`` over ``base``; the prior counts until the first sample."""
+    """``amount`` over ``base``, with a prior that weighs little."""
 
     prior: float
     amount: float = 0.0
@@ -24,13 +29,18 @@ class Ratio:
 
     @property
     def value(self) -> float:
-        return self.amount / self.base if self.base else self.prior
+        return (self.amount + self.prior * PRIOR_BYTES) / (self.base + PRIOR_BYTES)
+
+    def fade(self, part: float) -> None:
+        self.amount *= part
+        self.base *= part
 
     def add(self, amount: float, base: float, fade: float = FADE) -> None:
         if base <= 0.0 or amount < 0.0:
             return
-        self.amount = self.amount * fade + amount
-        self.base = self.base * fade + base
+        self.fade(fade)
+        self.amount += amount
+        self.base += base
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,9 @@ class CodecEstimates:
     def encoded(self, codec: str, num_bytes: int, num_coded: int, seconds: float) -> None:
         """A frame was read and encoded; seconds: of both, and of waiting for the thread."""
         prior = self.prior(codec)
+        for other, known in self._encode.items():
+            if other != codec:
+                known.fade(FORGET)
         self._ratio.setdefault(codec, Ratio(prior.ratio)).add(num_coded, num_bytes)
         self._encode.setdefault(codec, Ratio(prior.encode_s)).add(seconds, num_bytes)
 
@@ -103,9 +116,13 @@ class DecodeEstimates:
             for codec, count in num_bytes.items()
         }
         total = sum(expected.values())
+        for other, known in self._of.items():
+            if other not in num_bytes:
+                known.fade(FORGET)
         for codec, count in num_bytes.items():
             share = seconds * expected[codec] / total if total else seconds / len(num_bytes)
-            self._of.setdefault(codec, Ratio(0.0)).add(share, count)
+            prior = priors.prior(codec).decode_s
+            self._of.setdefault(codec, Ratio(prior)).add(share, count)
 
 
 class ComputeEstimate:

@@ -23,16 +23,13 @@ from kv_transfer.controller import RECOMPUTE, CodecController, Rest
 from kv_transfer.frames import RAW, FrameCut, Framing, end_checksum, frame_checksum, framings_of
 from kv_transfer.instructions import PushEnd, PushKv
 from kv_transfer.sent_rows import SentRows
-from kv_transfer.transports import in_process, shared_memory
+from kv_transfer.transports.choose import NEAR
 from kv_transfer.transports.contract import KvOutlet
 from kv_transfer.window import STALL_S, Window
 
 ReadKv = Callable[[tuple[int, ...], FrameCut, memoryview | None], memoryview]
 """A contiguous copy of a rectangle of KV, ``[layers, 2, tokens, kv_heads, head_dim]``: in the
 memory given, which it fills, or else in memory of its own."""
-
-NEAR = (in_process.KIND, shared_memory.KIND)
-"""What copies as fast as any window could tell."""
 
 
 class KvPusher:
@@ -183,7 +180,15 @@ class KvPusher:
             may_recompute=job.may_recompute and is_last and not computed_in_s,
             computed_in_s=computed_in_s,
         )
-        return self._controller.choose(job.transfer_id, job.codecs, rest, now).codec
+        codecs = self._ready(job.codecs)
+        return self._controller.choose(job.transfer_id, codecs, rest, now).codec
+
+    def _ready(self, codecs: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that can be used without compiling them first."""
+        if self._coding is None:
+            return (RAW,)
+        self._coding.prepare(codecs)
+        return tuple(name for name in codecs if self._coding.is_ready(name)) or (RAW,)
 
     def _sent(self, job: PushKv, codec: str, num_bytes: int, num_coded: int, began: float) -> None:
         now = self._now()

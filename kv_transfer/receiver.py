@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from baton.protocol.config import EngineConfig, KvTransferConfig
 from baton.protocol.errors import WireError
@@ -42,7 +42,8 @@ MAX_REMEMBERED = 4_096
 
 
 class Receiver:
-    """codecs: those that can be decoded here, ``raw`` aside. labels: see ``KvCoding``."""
+    """codecs: those that can be decoded here, ``raw`` aside. labels: see ``KvCoding``. is_ready:
+    whether one may be asked for by now."""
 
     def __init__(
         self,
@@ -52,12 +53,14 @@ class Receiver:
         config: KvTransferConfig,
         codecs: Mapping[str, Quality] = NO_OTHERS,
         labels: Mapping[str, str] = NO_LABELS,
+        is_ready: Callable[[str], bool] = lambda name: True,
     ) -> None:
         self._pool = pool
         self._framings = framings_of(layout)
         self._qualities = {RAW: Quality.EXACT, **codecs}
         self._codecs = frozenset(self._qualities)
-        self._labels = tuple(sorted(labels.get(name, name) for name in self._codecs))
+        self._labels = {name: labels.get(name, name) for name in self._codecs}
+        self._is_ready = is_ready
         self._engine = engine
         self._config = config
         self._open: dict[str, Incoming] = {}
@@ -167,9 +170,14 @@ class Receiver:
 
     def _granted(self, transfer_id: str, incoming: Incoming) -> ToPrefill:
         version = incoming.framing.version
-        codecs = self._labels if version > 1 else ()
+        codecs = self._offered() if version > 1 else ()
         granted = Granted(transfer_id, incoming.epoch, self._config.lease_s, version, codecs)
         return ToPrefill(incoming.peer_key, granted)
+
+    def _offered(self) -> tuple[str, ...]:
+        """Labels of what the hand-over may be coded by."""
+        ready = (n for n in self._codecs if n == RAW or self._is_ready(n))
+        return tuple(sorted(self._labels[name] for name in ready))
 
     def _peek(self) -> tuple[str, Incoming] | None:
         while self._waiting:

@@ -15,6 +15,8 @@ from kv_transfer.transports import in_process, shared_memory, zeromq
 AUTO = "auto"
 FALLBACK = zeromq.TCP
 """Carries while a better link is being made anew; every worker offers it."""
+NEAR = (in_process.KIND, shared_memory.KIND)
+"""What copies as fast as any window could tell."""
 
 BEST_FIRST = (in_process.KIND, shared_memory.KIND, zeromq.TCP)
 """What ``auto`` tries. Others are used where they are asked for by name."""
