@@ -31,7 +31,6 @@ from benchmarks.kv.near_end import Fixed, NearEnd
 from benchmarks.kv.prompt_kv import ALL_BLOCKS, compute, load
 from benchmarks.kv.shaped_link import ShapedLink, shaped_link
 from benchmarks.kv.simulation import outages
-from benchmarks.kv.warm import warm
 from benchmarks.provenance import Provenance, provenance, slug
 from kv_transfer.codecs.contract import Quality
 from kv_transfer.coding import KvCoding
@@ -204,7 +203,8 @@ async def _run(
     kv = np.frombuffer(data, np.uint16).reshape(shape)
     coding = KvCoding.of_model(str(folder), layout)
     names = coding.names(AUTO)
-    warm(coding, layout, names)
+    coding.prepare(names)
+    await asyncio.to_thread(coding.wait_until_prepared)
     points: list[Point] = []
     trace: list[Traced] = []
     with shaped_link() as link:

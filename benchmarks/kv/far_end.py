@@ -22,7 +22,6 @@ from baton.messaging.codec import decode, encode
 from baton.protocol.config import EngineConfig, KvTransferConfig
 from baton.protocol.messages import Reserve, TransferEnd
 from benchmarks.kv.prompt_kv import BLOCK_TOKENS, NUM_BLOCKS, compute, load
-from benchmarks.kv.warm import warm
 from decode_worker.decider import FrameArrived, KvWritten
 from decode_worker.kv_input import KvInput
 from kv_transfer.coding import KvCoding
@@ -52,7 +51,8 @@ class FarEnd:
         self._executor = load(folder)
         self._coding = KvCoding.of_model(str(folder), self._executor.layout)
         names = self._coding.names("auto")
-        warm(self._coding, self._executor.layout, names)
+        self._coding.prepare(names)
+        self._coding.wait_until_prepared()
         self._pool = BlockPool(NUM_BLOCKS, BLOCK_TOKENS)
         self._receiver = Receiver(
             self._pool,
