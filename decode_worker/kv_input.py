@@ -69,12 +69,13 @@ class KvInput:
         if write is None:
             return
         began = time.perf_counter()
-        problem = ""
+        problem = "its write was broken off"
         try:
             if frame.codec == RAW and not self._writes_beside:
                 self._store_kv(write, payload)
             else:
                 await self._coding.run(partial(self._decode, write, payload))
+            problem = ""
         except WireError as exc:
             problem = exc.message
         finally:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 
 from baton.protocol.layout import KvLayout
 from decode_worker.decider import FrameArrived, KvWritten
@@ -112,6 +113,22 @@ async def test_a_link_that_closes_under_a_write_waits_for_its_end_and_tells() ->
     made.store.may_go_on.set()
     await asyncio.wait([task])
     assert task.cancelled()
-    assert made.problems == [""]
+    assert made.problems == ["its write was broken off"]
     assert made.store.written == [ROWS]
+    made.coding.close()
+
+
+async def test_a_write_that_fails_in_another_way_is_not_taken_for_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some transports go on behind such an error, which costs one sender its link."""
+    made = Input()
+
+    def write_kv(*where: Any) -> None:
+        raise RuntimeError("no such block")
+
+    monkeypatch.setattr(made.store, "write_kv", write_kv)
+    with pytest.raises(RuntimeError, match="no such block"):
+        await made.come(RAW, ROWS)
+    assert made.problems == ["its write was broken off"]
     made.coding.close()
