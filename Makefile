@@ -17,7 +17,7 @@ TORCH_PIP_ARGS ?=
 ARGS ?=
 TRAIN_OUT ?= .runtime/baton-tiny-new
 
-.PHONY: help venv demo serve test check bench bench-engine bench-peer bench-scheduling fuzz-codecs proto lock train-tiny wheels clean
+.PHONY: help venv demo serve test check bench bench-engine bench-peer bench-scheduling fuzz-codecs fault-kv proto lock train-tiny wheels clean
 
 help: ## list the targets
 	@echo "Baton: disaggregated prefill/decode serving. On a fresh machine: make demo, then make test."
@@ -72,6 +72,9 @@ bench-scheduling: venv ## what one scheduling step costs, up to 1,024 running an
 
 fuzz-codecs: venv ## damaged KV streams against every codec, with bounds checks, for ten minutes
 	@$(BIN)/python -m tests.fuzz.codecs $(ARGS)
+
+fault-kv: venv ## every fault at every step of a hand-over, between real workers (many minutes)
+	@$(BIN)/python -m pytest -s tests/fault/every_kv_fault.py $(ARGS)
 
 proto: venv ## write the gRPC stubs from baton/api/v1/baton.proto
 	@$(BIN)/python tools/generate_proto.py

@@ -25,7 +25,7 @@ CODECS: tuple[Codec, ...] = ("raw", "split")
 WAYS: tuple[Way, ...] = ("serialised", "layer-wise")
 
 
-@pytest.mark.parametrize(("codec", "way"), itertools.product(CODECS, WAYS))
+@pytest.mark.parametrize(("codec", "way"), [*itertools.product(CODECS, WAYS)])
 async def test_messages_harmed_and_workers_frozen(tmp_path: Path, codec: Codec, way: Way) -> None:
     async with harmed_cluster(config_of(codec, way), tmp_path) as (cluster, script):
         if way == "layer-wise":

@@ -101,6 +101,8 @@ class Script:
     bytes_per_s: float = 0.0
     num_harmed: int = 0
     num_blocked: int = 0
+    watch: Callable[[str, AnyMessage], None] | None = None
+    """Told of each message to or from a peer, by its id, before it goes on."""
     frames: list[KvFrame] = field(default_factory=list)
     """Heads of all frames that were forwarded as they came."""
     messages: Counter[str] = field(default_factory=Counter)
@@ -266,6 +268,7 @@ class DecodeProxy:
                 sockets.connect(back, self._message_relay)
                 ways[who] = self._way(back.send_multipart, 0)
                 self._group.create_task(self._down(who, back))
+            self._tell(who, decode(body))
             await ways[who].put([body])
 
     async def _down(self, who: bytes, back: zmq.asyncio.Socket) -> None:
@@ -275,7 +278,12 @@ class DecodeProxy:
             message = decode(body)
             if isinstance(message, HelloReply) and not message.refusal:
                 body = encode(await self._redirected(message))
+            self._tell(who, message)
             await way.put([who, body])
+
+    def _tell(self, who: bytes, message: AnyMessage) -> None:
+        if self._script.watch is not None:
+            self._script.watch(who.decode().partition("|")[0], message)
 
     def _way(self, forward: Forward, head: int, *, is_kv: bool = False) -> _Way:
         way = _Way(self._script, forward, self.cut, head, is_kv=is_kv)
