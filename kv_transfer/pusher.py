@@ -17,7 +17,7 @@ import msgspec
 
 from baton.messaging.codec import encode
 from baton.protocol.layout import KvLayout
-from baton.protocol.messages import KvFrame, KvProgress, TransferEnd
+from baton.protocol.messages import KvFrame, KvLink, KvProgress, TransferEnd
 from kv_transfer.coding import KvCoding
 from kv_transfer.controller import RECOMPUTE, CodecController, Rest
 from kv_transfer.frames import RAW, FrameCut, Framing, end_checksum, frame_checksum, framings_of
@@ -88,6 +88,23 @@ class KvPusher:
             self._controller.progressed(p.transfer_id, p.epoch, p.num_frames, p.decode_s, now)
         if self.window.progressed(progress, now):
             self._moved.set()
+
+    def told(self, link: KvLink) -> KvLink:
+        """With what its controller made of it."""
+        controller = self._controller
+        if controller is None or not controller.num_chosen:
+            return link
+        forecasts = controller.forecasts
+        chosen = (f"{codec} {count}" for codec, count in controller.num_chosen.most_common())
+        return msgspec.structs.replace(
+            link,
+            codecs=", ".join(chosen),
+            bytes_per_s=int(controller.bytes_per_s(self._now())),
+            num_predicted=forecasts.count,
+            predicted_s=forecasts.predicted_s,
+            actual_s=forecasts.actual_s,
+            error_s=forecasts.error_s,
+        )
 
     async def run(self, outlet: KvOutlet) -> None:
         """Send until cancelled. Raises what ``outlet`` raises, and then lost its current job."""

@@ -54,7 +54,9 @@ class _Connection:
         sent = self.uplink.bytes_by_kind()
         kind = self.uplink.kind
         if kind:
-            yield KvLink(self.decode_id, kind, self.uplink.reason[:MAX_REASON], sent.pop(kind, 0))
+            yield self.pusher.told(
+                KvLink(self.decode_id, kind, self.uplink.reason[:MAX_REASON], sent.pop(kind, 0))
+            )
         for other, count in sent.items():
             yield KvLink(self.decode_id, other, "", count)
 

@@ -233,6 +233,12 @@ def _worker_load(load: WorkerLoad) -> pb.WorkerLoad:
                 transport=link.transport,
                 reason=link.reason,
                 num_bytes=link.num_bytes,
+                codecs=link.codecs,
+                bytes_per_s=link.bytes_per_s,
+                num_predicted=link.num_predicted,
+                predicted_s=link.predicted_s,
+                actual_s=link.actual_s,
+                error_s=link.error_s,
             )
             for link in load.kv_links
         ],

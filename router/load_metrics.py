@@ -76,6 +76,30 @@ _OF_WORKERS = (
     ),
     _WorkerMetric("kv_sent_bytes", "KV bytes sent.", lambda w: w.kv_bytes_sent, True),
     _WorkerMetric("kv_received_bytes", "KV bytes received.", lambda w: w.kv_bytes_received, True),
+    _WorkerMetric(
+        "kv_handovers_predicted",
+        "Hand-overs whose end was predicted when they began to be sent.",
+        lambda w: sum(link.num_predicted for link in w.kv_links),
+        True,
+    ),
+    _WorkerMetric(
+        "kv_handover_predicted_seconds",
+        "What they were predicted to take.",
+        lambda w: sum(link.predicted_s for link in w.kv_links),
+        True,
+    ),
+    _WorkerMetric(
+        "kv_handover_actual_seconds",
+        "What they took.",
+        lambda w: sum(link.actual_s for link in w.kv_links),
+        True,
+    ),
+    _WorkerMetric(
+        "kv_handover_error_seconds",
+        "What predictions were off by.",
+        lambda w: sum(link.error_s for link in w.kv_links),
+        True,
+    ),
     _WorkerMetric("worker_steps", "Forward steps.", lambda w: w.step_count, True),
 )
 

@@ -110,6 +110,12 @@ def _links(worker: WorkerLoad) -> list[Text]:
         way = f"-> {link.peer}" if link.peer else "<- peers"
         said = f"{worker.worker_id} {way}: {link.transport}, {human_bytes(link.num_bytes)}"
         lines.append(Text(f"{said} ({link.reason})" if link.reason else said))
+        if link.codecs:
+            rate = f"{human_bytes(link.bytes_per_s)}/s"
+            lines.append(Text(f"  frames: {link.codecs}; the link is taken for {rate}"))
+        if link.num_predicted and link.actual_s:
+            off = f"{link.error_s / link.actual_s:.0%}"
+            lines.append(Text(f"  {link.num_predicted} hand-overs, predicted to {off}"))
     return lines
 
 

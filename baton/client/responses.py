@@ -178,7 +178,18 @@ def _worker_load(message: pb.WorkerLoad) -> WorkerLoad:
         num_draft_tokens=message.num_draft_tokens,
         num_accepted_draft_tokens=message.num_accepted_draft_tokens,
         kv_links=tuple(
-            KvLink(link.peer, link.transport, link.reason, link.num_bytes)
+            KvLink(
+                link.peer,
+                link.transport,
+                link.reason,
+                link.num_bytes,
+                link.codecs,
+                link.bytes_per_s,
+                link.num_predicted,
+                link.predicted_s,
+                link.actual_s,
+                link.error_s,
+            )
             for link in message.kv_links
         ),
     )

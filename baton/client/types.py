@@ -218,6 +218,16 @@ class KvLink:
     transport: str
     reason: str
     num_bytes: int
+    codecs: str = ""
+    """Where they are chosen: frames by choice, for people."""
+    bytes_per_s: int = 0
+    """Of the link, as estimated; coded bytes."""
+    num_predicted: int = 0
+    """Hand-overs whose end was predicted when they began to be sent."""
+    predicted_s: float = 0.0
+    actual_s: float = 0.0
+    error_s: float = 0.0
+    """Sum of what predictions were off by."""
 
 
 @dataclass(frozen=True, slots=True)

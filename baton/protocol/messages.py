@@ -226,6 +226,16 @@ class KvLink(msgspec.Struct, frozen=True, array_like=True):
     transport: Text
     reason: Text
     num_bytes: Count
+    codecs: Text = ""
+    """Where they are chosen: frames by choice, for people."""
+    bytes_per_s: Count = 0
+    """Of the link, as estimated; coded bytes."""
+    num_predicted: Count = 0
+    """Hand-overs whose end was predicted when they began to be sent."""
+    predicted_s: Seconds = 0.0
+    actual_s: Seconds = 0.0
+    error_s: Seconds = 0.0
+    """Sum of what predictions were off by."""
 
 
 class LoadReport(Message, frozen=True):

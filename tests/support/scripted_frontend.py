@@ -274,5 +274,6 @@ def a_worker_load() -> WorkerLoad:
         kv_links=(
             KvLink("d-1", "shared_memory", "same host", 6_000),
             KvLink("", "zeromq", "", 2**40),
+            KvLink("d-2", "zeromq", "far", 9, "kv1 7, raw 2", 25 * 2**20, 4, 0.5, 0.4, 0.1),
         ),
     )

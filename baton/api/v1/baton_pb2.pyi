@@ -381,16 +381,28 @@ class WorkerLoad(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_parked: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_backpressured: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., kv_transport: _Optional[str] = ..., num_leases: _Optional[int] = ..., num_tasks: _Optional[int] = ..., integrity_errors: _Optional[_Iterable[str]] = ..., step_count: _Optional[int] = ..., age_s: _Optional[float] = ..., num_swapped_out: _Optional[int] = ..., num_cache_queried_tokens: _Optional[int] = ..., num_cache_hit_tokens: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_draft_tokens: _Optional[int] = ..., kv_links: _Optional[_Iterable[_Union[KvLink, _Mapping]]] = ...) -> None: ...
 
 class KvLink(_message.Message):
-    __slots__ = ("peer", "transport", "reason", "num_bytes")
+    __slots__ = ("peer", "transport", "reason", "num_bytes", "codecs", "bytes_per_s", "num_predicted", "predicted_s", "actual_s", "error_s")
     PEER_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
+    ACTUAL_S_FIELD_NUMBER: _ClassVar[int]
+    ERROR_S_FIELD_NUMBER: _ClassVar[int]
     peer: str
     transport: str
     reason: str
     num_bytes: int
-    def __init__(self, peer: _Optional[str] = ..., transport: _Optional[str] = ..., reason: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+    codecs: str
+    bytes_per_s: int
+    num_predicted: int
+    predicted_s: float
+    actual_s: float
+    error_s: float
+    def __init__(self, peer: _Optional[str] = ..., transport: _Optional[str] = ..., reason: _Optional[str] = ..., num_bytes: _Optional[int] = ..., codecs: _Optional[str] = ..., bytes_per_s: _Optional[int] = ..., num_predicted: _Optional[int] = ..., predicted_s: _Optional[float] = ..., actual_s: _Optional[float] = ..., error_s: _Optional[float] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("code", "message", "hop", "retryable", "param", "request_id")

@@ -163,6 +163,8 @@ def test_status_shows_workers_and_their_faults(server: Served) -> None:
     assert "d-0: integrity: free + held != total" in result.stdout
     assert "d-0 -> d-1: shared_memory, 5.9 KiB (same host)" in result.stdout
     assert "d-0 <- peers: zeromq, 1.0 TiB" in result.stdout
+    assert "  frames: kv1 7, raw 2; the link is taken for 25 MiB/s" in result.stdout
+    assert "  4 hand-overs, predicted to 25%" in result.stdout
 
 
 def test_status_as_json(server: Served) -> None:
@@ -174,15 +176,14 @@ def test_status_as_json(server: Served) -> None:
     assert (worker["num_cache_hit_tokens"], worker["num_cache_queried_tokens"]) == (750, 1_000)
     assert (worker["num_accepted_draft_tokens"], worker["num_draft_tokens"]) == (33, 40)
     assert worker["num_swapped_out"] == 10
-    assert worker["kv_links"] == [
-        {
-            "peer": "d-1",
-            "transport": "shared_memory",
-            "reason": "same host",
-            "num_bytes": 6_000,
-        },
-        {"peer": "", "transport": "zeromq", "reason": "", "num_bytes": 2**40},
+    unknown = {"codecs": "", "bytes_per_s": 0, "num_predicted": 0}
+    unknown |= {"predicted_s": 0.0, "actual_s": 0.0, "error_s": 0.0}
+    near = {"peer": "d-1", "transport": "shared_memory", "reason": "same host", "num_bytes": 6_000}
+    assert worker["kv_links"][:2] == [
+        near | unknown,
+        {"peer": "", "transport": "zeromq", "reason": "", "num_bytes": 2**40} | unknown,
     ]
+    assert worker["kv_links"][2]["codecs"] == "kv1 7, raw 2"
 
 
 @pytest.mark.parametrize(
