@@ -139,7 +139,7 @@ class Bench:
         body = RequestBody(
             request_id=f"{self._name}-{self._num_asked}",
             attempt=0,
-            router_id="bench",
+            router_id=f"for-{self._name}",
             router_epoch=1,
             prompt_ids=tuple(self._random.randrange(256) for _ in range(num_tokens)),
             output_ids=(),
@@ -192,7 +192,7 @@ def _decode_process() -> Iterator[tuple[WorkerRef, Callable[[float], None]]]:
 @contextlib.asynccontextmanager
 async def _serving(executor: Executor, decode: WorkerRef, budget: int) -> AsyncIterator[Bench]:
     name = f"budget-{budget}"
-    service = PrefillService(_spec("p-0", "prefill", budget), name, executor, MonotonicClock())
+    service = PrefillService(_spec(name, "prefill", budget), "1", executor, MonotonicClock())
     context = zmq.asyncio.Context()
 
     def heard(message: AnyMessage) -> None:
@@ -205,9 +205,9 @@ async def _serving(executor: Executor, decode: WorkerRef, budget: int) -> AsyncI
         if isinstance(message, RequestFailed):
             bench.failed(message)
 
-    hello = make_hello("bench", "1", "router")
+    hello = make_hello(f"for-{name}", "1", "router")
     links = [Link(context, where, hello, heard) for where in (service.bind(), decode.address)]
-    by_worker = dict(zip(("p-0", "d-0"), links, strict=True))
+    by_worker = dict(zip((name, "d-0"), links, strict=True))
     for link in links:
         link.connect()
 
