@@ -40,7 +40,7 @@ from kv_transfer.transports.contract import QUEUE_FRAMES
 from tests.support.clusters import Cluster, running_cluster
 from tests.support.relay import Relay, relay_to
 
-MIDDLE = 2
+MIDDLE = 1
 DELAY_S = 0.4
 OVERTAKEN_S = 2.0
 """What is held back for another to overtake it waits no longer, should none come."""
