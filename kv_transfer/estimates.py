@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-FADE = 0.6
+FADE = 0.85
 """What is left of older samples' weight when a new one comes."""
-FORGET = 0.99
+FORGET = 0.97
 """Likewise of what is known of a codec whenever another is used: one that was slow once, while the
-machine did something else, is tried again after some hundred frames."""
+machine did something else, is tried again after some dozen frames."""
 PRIOR_BYTES = 16_384
 """Raw bytes of samples that a prior weighs as much as."""
 

@@ -14,6 +14,7 @@ from kv_transfer.controller import RECOMPUTE, CodecController, Rest
 from kv_transfer.estimates import CodecCost
 from kv_transfer.window import STALL_S, Window
 
+MEASURED_BYTES = 1 << 24
 Choose = Callable[[str, Rest, float], str]
 """Transfer id, what is left, now."""
 
@@ -167,9 +168,10 @@ def controlled(controller: CodecController, codecs: Sequence[str]) -> Choose:
 def measured(controller: CodecController, costs: Mapping[str, CodecCost]) -> CodecController:
     """Told what each codec costs, as a worker is that has tried them all."""
     for codec, cost in costs.items():
-        encode_s, coded = 1e6 * cost.encode_s, int(1e6 * cost.ratio)
-        controller.codecs.encoded(codec, 1_000_000, coded, encode_s)
-        controller.decode.decoded({codec: 1_000_000}, 1e6 * cost.decode_s, controller.codecs)
+        encode_s, coded = MEASURED_BYTES * cost.encode_s, int(MEASURED_BYTES * cost.ratio)
+        controller.codecs.encoded(codec, MEASURED_BYTES, coded, encode_s)
+        decode_s = MEASURED_BYTES * cost.decode_s
+        controller.decode.decoded({codec: MEASURED_BYTES}, decode_s, controller.codecs)
     return controller
 
 
