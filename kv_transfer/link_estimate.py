@@ -9,6 +9,7 @@ all rates standing that would have been fast enough.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,10 @@ class Delivery:
 class LinkEstimate:
     def __init__(self, prior: float = PRIOR) -> None:
         self._rates: F64 = np.geomspace(SLOWEST, FASTEST, NUM_RATES)
+        self._log_rates: F64 = np.log(self._rates)
+        self._seconds_per_byte: F64 = 1.0 / self._rates
         self._credit: F64 = -PRIOR_WEIGHT * np.log(self._rates / prior) ** 2
-        self._latency_s: F64 = np.full(NUM_RATES, np.nan)
+        self._latency_s: F64 = np.zeros(NUM_RATES)
         """By rate: the least that the answers so far leave for it."""
         self._heard_at = float("-inf")
         self._decode_s = 0.0
@@ -79,7 +82,7 @@ class LinkEstimate:
             self._credit = np.maximum(self._credit, -DEBT_AFTER_IDLE)
         rest = now - self._expected_without_latency(what)
         known = self._latency_s
-        if np.isnan(known[0]):
+        if not self.is_known:
             known = np.maximum(rest, 0.0)
             self._credit = self._credit - np.log1p(known / LATENCY_UNIT_S)
         self._credit = self._charged(rest - known, now - what.sent_at)
@@ -101,10 +104,10 @@ class LinkEstimate:
 
     def _expected_without_latency(self, what: Delivery) -> F64:
         """When it would be heard of, by rate."""
-        took: F64 = what.num_coded / self._rates
+        took: F64 = what.num_coded * self._seconds_per_byte
         if self._heard_at <= what.sent_at:
             return what.sent_at + took + what.decode_s
-        before: F64 = self._heard_at - np.nan_to_num(self._latency_s)
+        before: F64 = self._heard_at - self._latency_s
         started = np.maximum(what.sent_at, before - self._decode_s)
         expected: F64 = np.maximum(started + took, before) + what.decode_s
         return expected
@@ -116,6 +119,6 @@ class LinkEstimate:
         return charged
 
     def _middle(self, credit: F64) -> float:
-        near = np.flatnonzero(credit >= credit.max() - NEAR)
+        near = credit >= credit.max() - NEAR
         weights = np.exp(credit[near])
-        return float(np.exp(np.average(np.log(self._rates[near]), weights=weights)))
+        return math.exp(float(weights @ self._log_rates[near]) / float(weights.sum()))
