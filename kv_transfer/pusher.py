@@ -83,6 +83,8 @@ class KvPusher:
         self._moved.set()
 
     def progressed(self, progress: KvProgress) -> None:
+        if progress.transfer_id not in self._rows:
+            return  # Said before the peer heard of its end: nobody would forget it again.
         now, p = self._now(), progress
         if self._controller is not None:
             self._controller.progressed(p.transfer_id, p.epoch, p.num_frames, p.decode_s, now)

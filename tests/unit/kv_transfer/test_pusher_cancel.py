@@ -10,7 +10,7 @@ import pytest
 
 from kv_transfer.coding import KvCoding
 from tests.conformance.kv_ends import until
-from tests.unit.kv_transfer.test_pusher import Outlet, Pushing, pushing
+from tests.unit.kv_transfer.test_pusher import Outlet, Pushing, pushing, written
 
 
 async def cancel_and_see(p: Pushing, go_on: Any) -> None:
@@ -66,3 +66,16 @@ async def test_what_was_on_its_way_when_cancelled_leaves_the_window() -> None:
         await until(lambda: p.pusher.window.num_in_flight > 0, "a frame in the window")
         p.pusher.cancel("r/0")
         assert p.pusher.window.num_in_flight == 0
+
+
+async def test_what_is_said_of_a_cancelled_transfer_is_not_remembered() -> None:
+    async with pushing() as p:
+        p.push()
+        await p.settle(1)
+        p.pusher.progressed(written(p.outlet.frames, 1))
+        controller = p.pusher._controller
+        assert controller is not None
+        assert set(controller._progress) == {"r/0"}
+        p.pusher.cancel("r/0")
+        p.pusher.progressed(written(p.outlet.frames, 1))
+        assert not controller._progress
