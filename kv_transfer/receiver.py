@@ -111,6 +111,10 @@ class Receiver:
             renewed_at=now,
         )
         self._num_asked += 1
+        if len(self._waiting) > 2 * len(self._open) + 64:
+            # Behind one that waits for long, those that gave up would pile up.
+            self._waiting = [entry for entry in self._waiting if self._waits(entry[1])]
+            heapq.heapify(self._waiting)
         heapq.heappush(self._waiting, ((body.priority, self._num_asked), ask.transfer_id))
         return []
 
@@ -182,11 +186,14 @@ class Receiver:
     def _peek(self) -> tuple[str, Incoming] | None:
         while self._waiting:
             transfer_id = self._waiting[0][1]
-            incoming = self._open.get(transfer_id)
-            if incoming is not None and incoming.state is ReceiveState.WAITING:
-                return transfer_id, incoming
+            if self._waits(transfer_id):
+                return transfer_id, self._open[transfer_id]
             heapq.heappop(self._waiting)
         return None
+
+    def _waits(self, transfer_id: str) -> bool:
+        incoming = self._open.get(transfer_id)
+        return incoming is not None and incoming.state is ReceiveState.WAITING
 
     def _new_epoch(self) -> int:
         epoch = self._next_epoch

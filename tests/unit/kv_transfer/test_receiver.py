@@ -222,6 +222,20 @@ def test_renewing_says_again_what_may_have_been_lost() -> None:
     assert receiver.renew(P, LeaseRenew(("gone/0",)), 5.0) == [to(unknown)]
 
 
+def test_those_that_gave_up_do_not_pile_up_behind_one_that_waits() -> None:
+    receiver, pool = make()
+    others = pool.allocate("other", 7)
+    receiver.reserve(P, ask(), 0.0)
+    for attempt in range(1_000):
+        late = f"late/{attempt}"
+        receiver.reserve(P, ask(transfer=late), 0.0)
+        receiver.cancel(late, 0.0)
+    assert receiver.grant(8, 0.0) == []
+    assert len(receiver._waiting) < 100
+    pool.release("other", others)
+    assert receiver.grant(8, 0.0) == [to(Granted(T, 1, 10.0))]
+
+
 def test_cancel_is_idempotent() -> None:
     receiver, pool = reserved()
     assert receiver.cancel(T, 4.0)
