@@ -94,14 +94,20 @@ def finish_s(
     rest: Rest, cost: CodecCost, bytes_per_s: float, latency_s: float, queue: Queue
 ) -> float:
     """From now until all is written there, if all of the rest goes through one codec."""
-    frames = max(1.0, rest.num_bytes / rest.frame_bytes)
-    encode = rest.frame_bytes * cost.encode_s
-    link = rest.frame_bytes * cost.ratio / bytes_per_s
-    decode = rest.frame_bytes * cost.decode_s
-    began = max(queue.link_s, encode)
+    frame_bytes = rest.frame_bytes
+    frames = rest.num_bytes / frame_bytes
+    encode = frame_bytes * cost.encode_s
+    link = frame_bytes * cost.ratio / bytes_per_s
+    decode = frame_bytes * cost.decode_s
+    began = queue.link_s if queue.link_s > encode else encode
     linked = max(began + frames * link, frames * encode + link)
-    decoded = max(linked + decode, max(began + link, queue.decode_s) + frames * decode)
-    return max(decoded, rest.computed_in_s + encode + link + decode) + latency_s / 2
+    decoded = max(
+        linked + decode,
+        began + link + frames * decode,
+        queue.decode_s + frames * decode,
+        rest.computed_in_s + encode + link + decode,
+    )
+    return decoded + latency_s / 2
 
 
 class CodecController:

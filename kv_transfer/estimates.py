@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FADE = 0.85
 """What is left of older samples' weight when a new one comes."""
@@ -43,8 +44,7 @@ class Ratio:
         self.base += base
 
 
-@dataclass(frozen=True, slots=True)
-class CodecCost:
+class CodecCost(NamedTuple):
     """ratio: coded bytes by raw bytes. Seconds are for one byte of raw KV."""
 
     ratio: float
