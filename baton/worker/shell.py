@@ -77,19 +77,23 @@ class WorkerShell:
         self._grammars = GrammarCompiler(grammars, self.feed)
         self._steps: asyncio.Queue[RunStep] = asyncio.Queue(1)
         self._step_is_wanted = False
+        self._failed = asyncio.Event()
+        self._failure: Exception | None = None
 
     @property
     def server(self) -> MessageServer:
         return self._server
 
     async def run(self) -> None:
-        """Serve until cancelled; a step in flight is waited for."""
+        """Serve until cancelled; a step in flight is waited for. Raises whatever deciding or
+        performing raises, in whatever callback."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._server.run(), name="messages")
                 group.create_task(self._run_steps(), name="steps")
                 group.create_task(self._tick(), name="ticks")
                 group.create_task(self._grammars.run(), name="grammars")
+                group.create_task(self._raise_failure(), name="failures")
         finally:
             self._engine_thread.shutdown(wait=True)
 
@@ -117,7 +121,21 @@ class WorkerShell:
     def _want_step(self) -> None:
         self._step_is_wanted = False
         if not self._decider.has_step_in_flight:
-            self._execute(StepWanted())
+            self._guarded(self._execute, StepWanted())
+
+    def _guarded(self, handle: Callable[[object], None], event: object) -> None:
+        """In a callback of the loop, which only logs what it raises: a worker that takes no step
+        any more would go on reporting its load."""
+        try:
+            handle(event)
+        except Exception as exc:
+            self._failure = self._failure or exc
+            self._failed.set()
+
+    async def _raise_failure(self) -> None:
+        await self._failed.wait()
+        assert self._failure is not None
+        raise self._failure
 
     def _on_message(self, peer: Peer, message: AnyMessage) -> None:
         self.feed(FromPeer(peer.key, peer.sender_id, peer.role, message))
@@ -145,7 +163,7 @@ class WorkerShell:
             return self._engine.execute(plan)
 
         def tell(num_layers: int) -> None:
-            loop.call_soon_threadsafe(self.feed, LayersDone(plan.step, num_layers))
+            loop.call_soon_threadsafe(self._guarded, self.feed, LayersDone(plan.step, num_layers))
 
         return self._engine.execute(plan, step.layer_marks, tell)
 
