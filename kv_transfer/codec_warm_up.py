@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Event, Thread
 
 log = logging.getLogger(__name__)
 
@@ -21,21 +22,48 @@ class CodecWarmUp:
         self._use = use
         self._begun: set[str] = set()
         self._ready: set[str] = set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv codec warm-up")
+        self._tasks: SimpleQueue[str | Event] = SimpleQueue()
+        self._is_closed = False
+        self._thread: Thread | None = None
 
     def begin(self, names: Iterable[str]) -> None:
         """In their order; what was begun before goes on."""
         for name in names:
             if name not in self._begun:
                 self._begun.add(name)
-                self._thread.submit(self._warm, name)
+                self._put(name)
 
     def is_ready(self, name: str) -> bool:
         return name in self._ready
 
     def wait(self) -> None:
         """Until what was begun is ready."""
-        self._thread.submit(lambda: None).result()
+        reached = Event()
+        self._put(reached)
+        reached.wait()
+
+    def close(self) -> None:
+        """Begins no other, and does not wait for the one that is being compiled."""
+        self._is_closed = True
+        if self._thread is not None:
+            self._tasks.put(Event())
+
+    def _put(self, task: str | Event) -> None:
+        if self._is_closed:
+            raise RuntimeError("codecs are not made ready after close")
+        self._tasks.put(task)
+        if self._thread is None:
+            # A daemon: compiling takes longer than a process that was told to end is given.
+            self._thread = Thread(target=self._run, name="kv codec warm-up", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            task = self._tasks.get()
+            if isinstance(task, Event):
+                task.set()
+            elif not self._is_closed:
+                self._warm(task)
 
     def _warm(self, name: str) -> None:
         try:
@@ -44,7 +72,3 @@ class CodecWarmUp:
             log.exception("the KV codec %s does not work here, and is not used", name)
         else:
             self._ready.add(name)
-
-    def close(self) -> None:
-        """Waits for the one that is being compiled."""
-        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -43,9 +43,31 @@ def test_one_that_does_not_work_is_never_ready_and_says_so(
     warm_up = CodecWarmUp(use)
     with caplog.at_level(logging.ERROR):
         warm_up.begin(["broken"])
-        warm_up.close()
+        warm_up.wait()
+    warm_up.close()
     assert not warm_up.is_ready("broken")
     assert "the KV codec broken does not work here" in caplog.text
+
+
+def test_closing_neither_waits_for_the_one_being_compiled_nor_begins_another() -> None:
+    begun, go_on, used = threading.Event(), threading.Event(), list[str]()
+
+    def use(name: str) -> None:
+        used.append(name)
+        begun.set()
+        go_on.wait()
+
+    warm_up = CodecWarmUp(use)
+    warm_up.begin(["first", "second"])
+    assert begun.wait(20)
+    (thread,) = (t for t in threading.enumerate() if t.name == "kv codec warm-up")
+    assert thread.daemon
+    warm_up.close()
+    assert not warm_up.is_ready("first")
+    go_on.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert used == ["first"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
