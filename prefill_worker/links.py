@@ -7,6 +7,7 @@ transport, which ``kv_transfer.transports.choose`` orders: a refusal is an event
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from kv_transfer.pusher import KvPusher, ReadKv
 from kv_transfer.transports.choose import offers_of
 from kv_transfer.transports.make import make_sender
 from kv_transfer.transports.uplink import Uplink
+
+log = logging.getLogger(__name__)
 
 IDLE_S = 120.0
 MAX_REASON = 500
@@ -197,15 +200,21 @@ class DecodeLinks:
     async def _carry(
         self, decode: WorkerRef, connection: _Connection, offers: tuple[KvOffer, ...]
     ) -> None:
-        """Choose the KV link's transport, then push whatever is put, until cancelled."""
+        """Choose the KV link's transport, then push whatever is put, until cancelled. What goes
+        wrong here costs this peer's transfers and nobody else's."""
         try:
             await connection.uplink.open(offers)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(connection.uplink.run(), name=f"KV link to {decode.worker_id}")
+                await connection.pusher.run(connection.uplink)
         except IncompatiblePeer as exc:
             self._refuse(decode, exc.message)
-            return
-        async with asyncio.TaskGroup() as group:
-            group.create_task(connection.uplink.run(), name=f"KV link to {decode.worker_id}")
-            await connection.pusher.run(connection.uplink)
+        except Exception as exc:
+            log.exception("the KV link to %s broke", decode.worker_id)
+            if self._connections.get(decode) is connection:
+                cause = _first(exc)
+                reason = f"the KV link broke: {type(cause).__name__}: {cause}"
+                self._refuse(decode, reason[:MAX_REASON])
 
     def _refuse(self, decode: WorkerRef, reason: str) -> None:
         self._on_refused(decode, reason)
@@ -218,3 +227,9 @@ class DecodeLinks:
         connection.uplink.close()
         for task in connection.tasks:
             task.cancel()
+
+
+def _first(error: Exception) -> Exception:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -15,6 +15,7 @@ from baton.messaging.server import MessageServer
 from baton.protocol.config import KvTransferConfig
 from baton.protocol.layout import KvLayout
 from baton.protocol.messages import HelloReply, TransferCancel, WorkerRef
+from kv_transfer.transports.uplink import Uplink
 from prefill_worker.links import DecodeLinks
 from tests.conformance.kv_ends import until
 
@@ -93,5 +94,26 @@ async def test_a_peer_with_other_kv_is_refused_at_the_hello(reply: HelloReply, r
         links.send(decode, TransferCancel("r/0"), 0.0)
         await until(lambda: refused or links._connections[decode].is_greeted, "answered")
         assert [said for _, said in refused] == ([reason] if reason else [])
+        serving.cancel()
+        await asyncio.wait([serving])
+
+
+async def test_a_kv_link_that_breaks_costs_its_peer_and_nobody_else(monkeypatch):
+    async def breaks(uplink: Uplink, offers: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Uplink, "open", breaks)
+    async with linking() as (context, links, refused):
+        reply = greets(2, LAYOUT, says_it=True)
+        server = MessageServer(context, lambda hello, version: reply, lambda peer, message: None)
+        decode = WorkerRef("d-0", "1", server.bind("127.0.0.1"))
+        serving = asyncio.get_running_loop().create_task(server.run())
+        links.send(decode, TransferCancel("r/0"), 0.0)
+        await until(lambda: refused, "refused")
+        await asyncio.sleep(0)
+        ((who, reason),) = refused
+        assert who == decode
+        assert "Too many open files" in reason
+        assert decode not in links._connections
         serving.cancel()
         await asyncio.wait([serving])
