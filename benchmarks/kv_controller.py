@@ -35,6 +35,7 @@ from benchmarks.provenance import Provenance, provenance, slug
 from kv_transfer.codecs.contract import Quality
 from kv_transfer.coding import KvCoding
 from kv_transfer.controller import RECOMPUTE, CodecController
+from kv_transfer.estimates import ComputeEstimate
 from kv_transfer.floors import allowed
 
 RESULTS = Path(__file__).parent / "results"
@@ -94,18 +95,15 @@ class Bench:
     near: NearEnd
     link: ShapedLink
     qualities: dict[str, Quality]
-    compute_chunks: list[tuple[int, int, float]]
+    compute: ComputeEstimate
+    """What computing costs at the moment, as a worker knows it from its own steps."""
 
     def controller(self) -> CodecController:
-        """Knows what a worker knows from its own steps: what computing costs."""
-        made = CodecController(self.qualities)
-        for first, stop, seconds in self.compute_chunks:
-            made.compute.computed(first, stop, seconds)
-        return made
+        return CodecController(self.qualities, compute=self.compute)
 
     async def points(self, mbit: int | None, num_tokens: int, num_repeats: int) -> list[Point]:
         self.link.set_rate(None if mbit is None else mbit * MBIT)
-        fixed = {name: Fixed(name) for name in (*self.qualities, RECOMPUTE)}
+        fixed = {name: Fixed(name, self.compute) for name in (*self.qualities, RECOMPUTE)}
         autos = {floor: self.controller() for floor in FLOORS}
         every = tuple(self.qualities)
         seconds: dict[str, list[float]] = {name: [] for name in (*fixed, *FLOORS)}
@@ -159,7 +157,7 @@ class Bench:
             names = allowed(self.qualities, Quality[choice.split()[1].upper()])
             made = self.controller()
         else:
-            names, made = every, Fixed(choice)
+            names, made = every, Fixed(choice, self.compute)
         self.link.set_rate(FAST)
         for _ in range(NUM_SETTLING):
             await self.near.hand_over(LENGTHS[-1], names, made)
@@ -210,7 +208,10 @@ async def _run(
     with shaped_link() as link:
         near = NearEnd(coding, layout, kv, token_ids)
         async with near.connected(link, folder):
-            bench = Bench(near, link, dict(coding.qualities(names)), chunks)
+            estimate = ComputeEstimate()
+            for start, stop, seconds in chunks:
+                estimate.computed(start, stop, seconds)
+            bench = Bench(near, link, dict(coding.qualities(names)), estimate)
             for mbit in rates:
                 for length in LENGTHS:
                     points += await bench.points(mbit, length, num_repeats)

@@ -8,6 +8,7 @@ from tokens at the other end is one more choice, taken once nothing is left to w
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,16 +97,17 @@ def finish_s(
     """From now until all is written there, if all of the rest goes through one codec."""
     frame_bytes = rest.frame_bytes
     frames = rest.num_bytes / frame_bytes
+    last = frames - math.ceil(frames) + 1.0
     encode = frame_bytes * cost.encode_s
     link = frame_bytes * cost.ratio / bytes_per_s
     decode = frame_bytes * cost.decode_s
     began = queue.link_s if queue.link_s > encode else encode
-    linked = max(began + frames * link, frames * encode + link)
+    linked = max(began + frames * link, frames * encode + last * link)
     decoded = max(
-        linked + decode,
+        linked + last * decode,
         began + link + frames * decode,
         queue.decode_s + frames * decode,
-        rest.computed_in_s + encode + link + decode,
+        rest.computed_in_s + last * (encode + link + decode),
     )
     return decoded + latency_s / 2
 

@@ -36,6 +36,7 @@ from benchmarks.kv.shaped_link import ShapedLink
 from kv_transfer.codecs.contract import Array
 from kv_transfer.coding import KvCoding
 from kv_transfer.controller import Choice, CodecController, Rest
+from kv_transfer.estimates import ComputeEstimate
 from kv_transfer.frames import KV_VERSION, FrameCut, framings_of
 from kv_transfer.instructions import PushEnd, PushKv
 from kv_transfer.pusher import KvPusher
@@ -49,8 +50,8 @@ TIMEOUT_S = 60.0
 class Fixed(CodecController):
     """Always the same choice."""
 
-    def __init__(self, codec: str) -> None:
-        super().__init__({})
+    def __init__(self, codec: str, compute: ComputeEstimate) -> None:
+        super().__init__({}, compute=compute)
         self._codec = codec
 
     def choose(self, transfer_id: str, codecs: Sequence[str], rest: Rest, now: float) -> Choice:
