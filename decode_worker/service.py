@@ -80,7 +80,7 @@ class DecodeService:
             self._coding,
             self._shell.feed,
             writes_beside=bool(executor.rank_fds),
-            codecs=names,
+            codecs=self._coding.names(spec.kv_transfer.codec),
         )
         self._puller = KvPuller(self._kv_input.on_frame, self._on_end)
         self._receivers = Receivers(spec.kv_transfer.transport, self._context, self._puller.handler)

@@ -132,3 +132,18 @@ async def test_a_write_that_fails_in_another_way_is_not_taken_for_written(
         await made.come(RAW, ROWS)
     assert made.problems == ["its write was broken off"]
     made.coding.close()
+
+
+@pytest.mark.parametrize(("wanted", "prepared"), [("raw", []), ("split", ["split"])])
+async def test_the_first_frame_from_afar_makes_ready_what_is_configured_and_no_more(
+    wanted: str, prepared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(KvCoding, "try_out", lambda coding, name: tried.append(name))
+    made = Input()
+    names = made.coding.names(wanted)
+    made.input = KvInput(made.store, made.coding, made.feed, writes_beside=False, codecs=names)
+    await made.come(RAW, ROWS)
+    made.coding.wait_until_prepared()
+    assert tried == prepared
+    made.coding.close()
