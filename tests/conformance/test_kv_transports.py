@@ -1,7 +1,8 @@
 """What every KV transport must do, run on each that this machine has.
 
-Order, large and many parts, back-pressure, closing at every point, death of either end, a new
-incarnation. Faults and hostile peers of one transport alone stand in files of their own.
+Order, back-pressure, closing at every point, death of either end, a new incarnation; large and
+many parts in ``tests/integration/test_kv_many_parts.py``. Faults and hostile peers of one transport
+alone stand in files of their own.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ from tests.conformance.kv_ends import (
     until,
 )
 
-MIB = 2**20
-KERNEL_BYTES = 16 * MIB
+KERNEL_BYTES = 16 * 2**20
 """More than TCP's buffers hold on both ends together; window_bytes does not speak of them."""
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
@@ -62,39 +62,6 @@ async def test_parts_arrive_in_order_and_unharmed(kind: str) -> None:
         num_bytes = sum(len(payload) for _, payload in wanted if payload is not None)
         assert sender.num_bytes == ends.receiver.num_bytes == num_bytes
         assert ends.receiver.num_dropped == 0
-
-
-@pytest.mark.parametrize(("mib", "num_frames"), [(16, 6), (64, 2)])
-async def test_large_frames(kind: str, mib: int, num_frames: int) -> None:
-    """Of the largest size there is, and of 16 MiB more than the window holds."""
-    block = noise(MIB, 1)
-    wanted = [block[n:] + block * (mib - 1) + block[:n] for n in range(num_frames)]
-    came = []
-
-    async def compare(head: memoryview, payload: memoryview | None) -> None:
-        came.append(payload is not None and bytes(payload) == wanted[int(bytes(head))])
-
-    async with bound(kind) as ends:
-        receiver = receiver_of(kind, ends.context, compare)
-        ends.offer = receiver.bind("127.0.0.1")
-        async with running(receiver.run()):
-            sender = await ends.connect(mib * MIB)
-            for number, payload in enumerate(wanted):
-                await put(sender, b"%d" % number, payload)
-            await until(lambda: len(came) == num_frames, "all frames")
-    assert came == [True] * num_frames
-
-
-async def test_many_small_parts(kind: str) -> None:
-    async with linked(kind) as (ends, sender):
-        for number in range(5_000):
-            if number % 2:
-                await sender.send(b"%d" % number, None)
-            else:
-                await put(sender, b"%d" % number, b"%d" % number)
-        await ends.end(sender)
-        assert ends.received.heads == [*(b"%d" % n for n in range(5_000)), b"end"]
-        assert all(p is None or h == p for h, p in ends.received.parts)
 
 
 async def test_memory_that_is_not_the_transports_own_arrives_too(kind: str) -> None:
