@@ -15,6 +15,7 @@ CONFIG ?= deploy/examples/local.yaml
 TORCH_PIP_ARGS ?=
 # Further arguments of pytest, such as ARGS="-k migration".
 ARGS ?=
+QUICK := tests/unit tests/property tests/conformance
 TRAIN_OUT ?= .runtime/baton-tiny-new
 
 .PHONY: help venv demo serve test check bench bench-engine bench-peer bench-scheduling fuzz-codecs fault-kv proto lock train-tiny wheels clean
@@ -48,15 +49,23 @@ demo: venv ## start a small cluster on this machine, send requests through it, s
 serve: venv ## serve CONFIG (deploy/examples/local.yaml) until Ctrl-C
 	@$(BIN)/baton serve -f $(CONFIG)
 
-test: venv ## run all tests
+# The quick tests run two at a time; those that start clusters have the machine to themselves.
+test: venv ## run all tests, or those that ARGS picks
+ifeq ($(ARGS),)
+	@status=0; \
+	$(BIN)/python -m pytest -q -n 2 $(QUICK) || status=1; \
+	$(BIN)/python -m pytest tests/integration tests/fault || status=1; \
+	exit $$status
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 check: venv ## style, types, import layers, and the quick tests (two minutes)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q -n 2 tests/unit tests/property tests/conformance $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(QUICK) $(ARGS)
 
 bench: venv ## measure against colocated serving; results land in benchmarks/results
 	@$(BIN)/python -m benchmarks $(ARGS)
