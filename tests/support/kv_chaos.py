@@ -241,16 +241,19 @@ class DecodeProxy:
             await asyncio.wait([task])
             if not task.cancelled():
                 task.result()
-            for socket in self._sockets:
-                socket.close(linger=0)
             self._context.term()
 
     async def _serve(self) -> None:
-        async with contextlib.AsyncExitStack() as self._stack, asyncio.TaskGroup() as self._group:
-            self._message_relay = await self._relayed(self._worker.address)
-            self._group.create_task(self._up())
-            self._group.create_task(self._kv())
-            await asyncio.get_running_loop().create_future()
+        async with contextlib.AsyncExitStack() as self._stack:
+            try:
+                async with asyncio.TaskGroup() as self._group:
+                    self._message_relay = await self._relayed(self._worker.address)
+                    self._group.create_task(self._up())
+                    self._group.create_task(self._kv())
+                    await asyncio.get_running_loop().create_future()
+            finally:  # Before the relays end: an open socket would connect to them again.
+                for socket in self._sockets:
+                    socket.close(linger=0)
 
     async def _relayed(self, address: str) -> str:
         relay = await self._stack.enter_async_context(relay_to(address.removeprefix("tcp://")))
