@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fault.test_kv_dead_epochs import dead_epoch
 from tests.support.kv_chaos import harmed_cluster
 from tests.support.kv_faults import (
     SLOW_BYTES_PER_S,
@@ -48,3 +49,7 @@ async def test_workers_killed(tmp_path: Path, codec: Codec, way: Way) -> None:
         for step, role in process_faults():
             await trial.killed(step, role)
         print(f"{codec}, {way}: {sum(trial.outcomes.values())} kills, {dict(trial.outcomes)}")
+
+
+async def test_frames_of_a_dead_epoch_over_zeromq(tmp_path: Path) -> None:
+    await dead_epoch(tmp_path, "zeromq")
