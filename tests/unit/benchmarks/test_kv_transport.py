@@ -1,11 +1,8 @@
-"""The benchmark of KV transports says what it measured. No times are asserted."""
+"""The benchmark of KV transports says what it measured."""
 
 from __future__ import annotations
 
-import asyncio
-
-from benchmarks import kv_transport
-from benchmarks.kv_transport import Rate, bars_of, measure, said_of
+from benchmarks.kv_transport import Rate, bars_of, said_of
 
 
 def rate(way: str, frame_mib: int, lands: bool, gb_s: float) -> Rate:
@@ -32,15 +29,3 @@ def test_bars_are_of_the_largest_frames_over_what_lands():
         ("shared_memory", "memcpy", True, 0.5),
     ]
     assert said_of(bars_of(rates)[1]).endswith("at least 0.8 missed")
-
-
-def test_every_way_is_measured(monkeypatch):
-    monkeypatch.setattr(kv_transport, "KINDS", ("shared_memory",))
-    rates = asyncio.run(measure(2, 2, 1, lambda line: None))
-    assert [(r.way, r.lands, len(r.runs_gb_s)) for r in rates] == [
-        ("memcpy", True, 2),
-        ("socket", True, 2),
-        ("shared_memory", False, 2),
-        ("shared_memory", True, 2),
-    ]
-    assert all(min(r.runs_gb_s) > 0 for r in rates)
