@@ -16,7 +16,7 @@ import zmq.asyncio
 
 from baton.messaging.link import Link
 from baton.protocol.config import KvTransferConfig
-from baton.protocol.errors import IncompatiblePeer, WireError
+from baton.protocol.errors import IncompatiblePeer, RankLost, WireError
 from baton.protocol.layout import KvLayout, why_not_unchanged
 from baton.protocol.messages import (
     AnyMessage,
@@ -210,9 +210,11 @@ class DecodeLinks:
         except IncompatiblePeer as exc:
             self._refuse(decode, exc.message)
         except Exception as exc:
+            cause = _first(exc)
+            if isinstance(cause, RankLost):
+                raise  # It is this worker that cannot go on.
             log.exception("the KV link to %s broke", decode.worker_id)
             if self._connections.get(decode) is connection:
-                cause = _first(exc)
                 reason = f"the KV link broke: {type(cause).__name__}: {cause}"
                 self._refuse(decode, reason[:MAX_REASON])
 
