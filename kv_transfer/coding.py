@@ -19,7 +19,8 @@ from kv_transfer.codecs.lossy_profile import Profile, find_profile
 from kv_transfer.frames import RAW, FrameCut
 
 AUTO = "auto"
-TRIED_TOKENS = 64
+TRIED_TOKENS = 80
+"""More than a group of tokens (``codecs.int_groups``): of fewer, quantisers send the raw bytes."""
 T = TypeVar("T")
 
 

@@ -6,6 +6,7 @@ import numba
 import numpy as np
 import pytest
 
+from baton.protocol.layout import KvLayout
 from kv_transfer.codecs import (
     float_forms_compiled,
     float_values,
@@ -19,7 +20,7 @@ from kv_transfer.codecs import (
 )
 from kv_transfer.codecs.jit import kernel
 from kv_transfer.codecs.registry import WITHOUT_PROFILE, make
-from kv_transfer.codecs.warm import warm_up
+from kv_transfer.coding import KvCoding
 from tests.support.kv_samples import DTYPES, PART, Geometry, kv_like
 
 MODULES = (
@@ -45,7 +46,13 @@ def num_compiled() -> int:
 def test_after_warming_up_nothing_is_left_to_compile(dtype):
     geometry = Geometry(dtype, 2, 16)
     codecs = [make(name, geometry) for name in WITHOUT_PROFILE]
-    warm_up(codecs, geometry)
+    layout = KvLayout.uniform(
+        num_layers=2, num_kv_heads=2, head_dim=16, dtype=dtype, model_digest="m"
+    )
+    coding = KvCoding(layout)
+    for name in WITHOUT_PROFILE:
+        coding.try_out(name)
+    coding.close()
     before = num_compiled()
     kv = kv_like(geometry, 3, 600)
     for codec in codecs:
