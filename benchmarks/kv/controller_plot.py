@@ -28,6 +28,8 @@ def draw(points: Sequence[Timed], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    choices = list(dict.fromkeys(choice for p in points for choice in p.seconds))
+    colours = dict(zip(choices, pyplot.get_cmap("tab20").colors, strict=False)) | {"auto": "black"}
     cases = list(dict.fromkeys((p.floor, p.num_tokens) for p in points))
     figure, panels = pyplot.subplots(1, len(cases), figsize=(4.5 * len(cases), 4.5), squeeze=False)
     for panel, (floor, num_tokens) in zip(panels[0], cases, strict=True):
@@ -39,7 +41,7 @@ def draw(points: Sequence[Timed], path: Path) -> None:
                 places,
                 [p.seconds[choice] * 1e3 for p in mine],
                 "o-" if is_auto else ".-",
-                color="black" if is_auto else None,
+                color=colours[choice],
                 linewidth=2.5 if is_auto else 1.0,
                 label=choice,
                 zorder=3 if is_auto else 2,
@@ -49,7 +51,8 @@ def draw(points: Sequence[Timed], path: Path) -> None:
         panel.set_xlabel("Mbit/s")
         panel.set_title(f"{num_tokens} tokens, floor {floor}")
     panels[0][0].set_ylabel("time to decode-ready, ms")
-    panels[0][-1].legend(fontsize="small")
+    fullest = max(panels[0], key=lambda panel: len(panel.get_lines()))
+    fullest.legend(fontsize="x-small", ncols=2)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
