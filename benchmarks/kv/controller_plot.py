@@ -29,7 +29,9 @@ def draw(points: Sequence[Timed], path: Path) -> None:
     from matplotlib import pyplot
 
     choices = list(dict.fromkeys(choice for p in points for choice in p.seconds))
-    colours = dict(zip(choices, pyplot.get_cmap("tab20").colors, strict=False)) | {"auto": "black"}
+    palette = mpl.colormaps["tab20"]
+    colours: dict[str, object] = {choice: palette(n) for n, choice in enumerate(choices)}
+    colours["auto"] = "black"
     cases = list(dict.fromkeys((p.floor, p.num_tokens) for p in points))
     figure, panels = pyplot.subplots(1, len(cases), figsize=(4.5 * len(cases), 4.5), squeeze=False)
     for panel, (floor, num_tokens) in zip(panels[0], cases, strict=True):
